@@ -1,0 +1,36 @@
+# `make demo` explains the photographs that ship; `make test` runs the tests.
+# The first call makes the environment: some minutes, and about 6 GB where torch comes with CUDA.
+
+VENV ?= .venv
+# The first of these that is new enough makes the environment.
+PYTHON ?= python3.11 python3
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/bcoskit explain src/bcoskit/assets/photographs --top 2 --out demo/out
+
+test: export HF_HUB_OFFLINE = 1
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean:
+	rm -rf demo/out dist .hypothesis .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@for python in $(PYTHON); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+			echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+		fi; \
+	done; \
+	echo "bcoskit needs Python 3.11 or newer, and none of these is: $(PYTHON). Name one: make PYTHON=/path/to/python" >&2; \
+	exit 1
+	$(VENV)/bin/python -m pip install -q -U 'pip>=25.1'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]' --group dev
+	@touch $@

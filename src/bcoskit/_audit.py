@@ -1,0 +1,114 @@
+"""Is a network dynamic linear at an input, and if not, where? Three audits, none of which trusts another.
+
+The *graph audit* walks the autograd graph behind an output: only linear operations may be there, and bilinear ones
+with one factor that depends on the input. The *numeric audit* differentiates `W(x)`: what is frozen has a gradient
+of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plus the constants of every operation.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit._targets import Target
+from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
+from bcoskit.dynamic._graph import LocatingMode, Violation, violations
+from bcoskit._explain import explain
+
+__all__ = ["AuditReport", "Violation", "audit", "weights_gradient"]
+
+RESIDUAL_BOUND = 1e-10
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What the three audits found.
+
+    Attributes:
+        offenders: The operations that are not linear in the input; empty if the graph audit passed.
+        numeric: Largest absolute derivative of `W(x)` with respect to `x` with its factors frozen: exactly 0 if the
+            numeric audit passed, NaN if an operation has no second derivative.
+        residual: Largest relative residual of `value = Σ W(x)·x + Σ shares` in float64; NaN if the graph audit
+            failed, since there is no `W(x)` then.
+        shares: The constants' shares of the values by parameter or operation, summed over the samples.
+        products: The policy for products of two input-dependent factors.
+    """
+
+    offenders: tuple[Violation, ...]
+    numeric: float
+    residual: float
+    shares: Mapping[str, float]
+    products: ProductPolicy
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three audits passed."""
+        return not self.offenders and self.numeric == 0 and self.residual <= RESIDUAL_BOUND
+
+
+def audit(
+    model: nn.Module, x: Tensor, target: Target = None, *, products: ProductPolicy = "split"
+) -> AuditReport:
+    """Prove that a network is dynamic linear at inputs, or name the operations that are not.
+
+    The work is done by a copy of the network in float64.
+
+    Args:
+        model: A network in evaluation mode.
+        x: Inputs (N, *shape).
+        target: As of `bcoskit.explain`.
+        products: As of `bcoskit.explanation_mode`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: As `bcoskit.explain`.
+        ValueError: As `bcoskit.explain`; also if `W(x)` is 0 altogether, where every audit would pass in vain.
+    """
+    network, inputs = copy.deepcopy(model).double(), x.double()
+    mode = LocatingMode(network, products)
+    with torch.enable_grad(), mode:
+        offenders = tuple(violations(network(inputs.detach().requires_grad_().clone())))
+    numeric = weights_gradient(network, inputs, products=products)
+    if offenders:
+        return AuditReport(offenders, numeric, float("nan"), {}, products)
+    explanation = explain(network, inputs, target, products=products, shares=True)
+    if not bool(explanation.weights.any()):
+        raise ValueError("W(x) is 0 for every input: the signal has died, and no audit of it means anything")
+    assert explanation.residual is not None
+    shares = {name: float(share.sum()) for name, share in (explanation.shares or {}).items()}
+    return AuditReport((), numeric, float(explanation.residual.abs().max()), shares, products)
+
+
+def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductPolicy = "split") -> float:
+    """The numeric audit: the largest absolute entry of `∂⟨W(x), v⟩/∂x` for a fixed random `v`.
+
+    With every factor frozen, `W(x)` has no gradient path to `x`, and the result is exactly 0, not merely small.
+
+    Args:
+        model: The network, in evaluation mode.
+        x: Inputs (N, *shape).
+        products: As of `bcoskit.explanation_mode`.
+
+    Returns:
+        The largest entry; NaN if an operation that is not frozen has no second derivative.
+    """
+    with torch.enable_grad(), explanation_mode(products=products):
+        start = x.detach().clone().requires_grad_()
+        output = model(start.clone())
+        generator = torch.Generator().manual_seed(0)
+        try:
+            (weights,) = torch.autograd.grad(output.sum(), start, create_graph=True)
+            if not weights.requires_grad:
+                return 0.0
+            direction = torch.randn(weights.shape, generator=generator, dtype=weights.dtype).to(
+                weights.device
+            )
+            (gradient,) = torch.autograd.grad((weights * direction).sum(), start, allow_unused=True)
+        except (RuntimeError, NotLinearError):
+            return float("nan")
+    return 0.0 if gradient is None else float(gradient.abs().max())

@@ -1,0 +1,427 @@
+"""`explain`: the linear map that a network is at an input, read by automatic differentiation."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit._layers import run_between
+from bcoskit._targets import Target, Versus, picked, select
+from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
+from bcoskit.dynamic._constants import ConstantsMode
+from bcoskit.dynamic._graph import LocatingMode, mark_as_input, violations
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The linear map of a network at a batch of inputs: `value = Σ W(x)·x + bias`, sample by sample.
+
+    N samples, and with several targets K of them per sample; `*shape` is that of one input.
+
+    Attributes:
+        x: The input (N, *shape), or what stands in its place with `from_layer`.
+        logits: The whole output of the network, or of `to_layer`.
+        value: What is explained, logit or difference of logits, (N,) or (N, K).
+        target: Index of the class explained, (N,) or (N, K); None where the target is a position in a map.
+        versus: Index of the class it is compared with, like `target`, or None.
+        weights: `W(x)`, the rows for the targets, (N, *shape) or (N, K, *shape).
+        products: The policy for products of two input-dependent factors.
+        shares: The constants' shares of the value by parameter or operation, each like `value`; only with
+            `shares=True`.
+        channel_dim: The axis of one batch of inputs over which contributions are summed, or None.
+    """
+
+    x: Tensor
+    logits: Tensor
+    value: Tensor
+    target: Tensor | None
+    versus: Tensor | None
+    weights: Tensor
+    products: ProductPolicy
+    shares: Mapping[str, Tensor] | None = None
+    channel_dim: int | None = 1
+
+    @cached_property
+    def contributions(self) -> Tensor:
+        """`W(x)·x` summed over the channels: (N, H, W) or (N, K, H, W) for images."""
+        several = self.value.ndim - 1
+        products = self.weights * (self.x.unsqueeze(1) if several else self.x)
+        if self.channel_dim is None or self.x.ndim < 3:
+            return products
+        return products.sum(self.channel_dim + several if self.channel_dim >= 0 else self.channel_dim)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """The share of the value that does not pass through the input, `value - Σ W(x)·x`, like `value`."""
+        return self.value - self.contributions.flatten(self.value.ndim).sum(-1)
+
+    @cached_property
+    def residual(self) -> Tensor | None:
+        """What remains after contributions and `shares`, like `value`; None without `shares`.
+
+        Relative to the largest of the logits explained, `|Σ W(x)·x|` and `|Σ shares|`, so that a value near 0, left
+        over by large terms that cancel, is not divided by.
+        """
+        if self.shares is None:
+            return None
+        constants = sum(self.shares.values(), torch.zeros_like(self.value))
+        terms = [self.value, self.value - self.bias, constants]
+        terms += [
+            picked(self.logits, classes) for classes in (self.target, self.versus) if classes is not None
+        ]
+        largest = torch.stack(terms).abs().amax(0)
+        return (self.bias - constants) / largest.clamp_min(torch.finfo(largest.dtype).tiny)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int | slice) -> "Explanation":
+        """The explanation of one sample (as a batch of one) or of several."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"`index` (={index}) is out of range for {len(self)} samples")
+            index = slice(index, index + 1 if index != -1 else None)
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> "Explanation":
+        """The explanation on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Explanation":
+        return replace(
+            self,
+            x=change(self.x),
+            logits=change(self.logits),
+            value=change(self.value),
+            target=None if self.target is None else change(self.target),
+            versus=None if self.versus is None else change(self.versus),
+            weights=change(self.weights),
+            shares=None
+            if self.shares is None
+            else {name: change(share) for name, share in self.shares.items()},
+        )
+
+    def to_image(
+        self, index: int = 0, *, target: int = 0, smooth: int = 15, percentile: float = 99.5
+    ) -> "Image.Image":
+        """The colour picture of one explanation: see `bcoskit.viz.color_picture`.
+
+        Args:
+            index: The sample.
+            target: Which of its K targets.
+            smooth: Side of the mean filter of the opacity, in pixels; odd, or 0 for none.
+            percentile: Of the strengths of the image, above which opacity is full.
+
+        Returns:
+            An RGBA image.
+        """
+        from bcoskit import viz
+
+        several = self.value.ndim > 1
+        weights = self.weights[index, target] if several else self.weights[index]
+        contributions = self.contributions[index, target] if several else self.contributions[index]
+        return viz.to_pil(viz.color_picture(weights, contributions, smooth=smooth, percentile=percentile))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tensors and metadata to a `.safetensors` or `.npz` file, which appears complete or not at all.
+
+        Args:
+            path: The file; its suffix chooses the format.
+
+        Raises:
+            ValueError: If the suffix is another one.
+        """
+        from bcoskit._files import write_tensors
+
+        names = ("x", "logits", "value", "weights", "target", "versus")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        shares = list(self.shares or ())
+        tensors |= {f"shares.{index}": (self.shares or {})[name] for index, name in enumerate(shares)}
+        metadata = {
+            "format": _FORMAT,
+            "products": self.products,
+            "channel_dim": self.channel_dim,
+            "shares": shares if self.shares is not None else None,
+        }
+        write_tensors(Path(path), tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Explanation":
+        """Read what `save` has written.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The explanation, on the CPU.
+
+        Raises:
+            ValueError: If the file is missing, corrupt, or holds no explanation.
+        """
+        from bcoskit._files import read_tensors
+
+        tensors, metadata = read_tensors(Path(path))
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path}: holds no explanation of the format {_FORMAT!r}")
+        try:
+            shares = metadata["shares"]
+            return cls(
+                x=tensors["x"],
+                logits=tensors["logits"],
+                value=tensors["value"],
+                target=tensors.get("target"),
+                versus=tensors.get("versus"),
+                weights=tensors["weights"],
+                products=metadata["products"],
+                channel_dim=metadata["channel_dim"],
+                shares=None
+                if shares is None
+                else {name: tensors[f"shares.{index}"] for index, name in enumerate(shares)},
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is an incomplete explanation ({error!r})") from error
+
+
+_FORMAT = "bcoskit-explanation-1"
+
+
+def explain(
+    model: Callable[..., Any],
+    x: Tensor,
+    target: Target = None,
+    *,
+    versus: Versus = None,
+    from_layer: str | None = None,
+    to_layer: str | None = None,
+    products: ProductPolicy = "split",
+    shares: bool = False,
+    create_graph: bool = False,
+    channel_dim: int | None = 1,
+) -> Explanation:
+    """Explain outputs of a network by the linear map `W(x)` that it is at each input.
+
+    `value = Σ W(x)·x + bias`: an exact summary of the computation, not an approximation (Böhle et al., CVPR 2022,
+    section 3.2.3). One forward pass, and one backward pass per target. Every call checks the graph behind the
+    output: an operation that is not linear once its factors are frozen raises, with its place in the network.
+
+    Nothing is changed by the call: the network, gradients, the caller's tensors, random state. It may be called in
+    several threads at once. Autocast is switched off inside, and a compiled network runs uncompiled.
+
+    Args:
+        model: A network in evaluation mode, or any function of a batch.
+        x: Inputs (N, *shape), floating point, at least single precision; samples must not interact.
+        target: What of an output (N, C) is explained: None for each sample's largest logit, one class for all
+            samples, a list or tensor of one class per sample (N,), or of several per sample (N, K), which share the
+            forward pass. For an output with more axes, such as a map, a position `(channel, row, column)` after the
+            batch axis, with slices to sum over (`(3, slice(None), slice(None))`), or a list of K positions. An output
+            (N,) has no target.
+        versus: A class, or classes like `target`, whose logit is subtracted: why this one and not that one.
+        from_layer: Name of a layer whose output takes the place of the input.
+        to_layer: Name of a layer whose output is explained in the place of the network's.
+        products: What becomes of products of two input-dependent factors: see `explanation_mode`.
+        shares: Also evaluate every constant of the network by itself: `shares`, and the `residual` that checks them.
+            Costs about two more passes, one sample at a time.
+        create_graph: Keep the result differentiable with respect to parameters, and to `x` if it requires a gradient,
+            so that it can be part of a loss.
+        channel_dim: The axis over which contributions are summed, None for no sum; inputs (N, features) are not
+            summed.
+
+    Returns:
+        The explanation of the batch.
+
+    Raises:
+        TypeError: If `x` or an output is not a tensor of a suitable type.
+        ValueError: If the network is in training mode, `x` is not finite, a target is out of range or does not fit
+            the output, or the target does not depend on the input.
+        RuntimeError: If it is called in inference mode.
+        NotLinearError: If the network is not dynamic linear.
+    """
+    model = getattr(model, "_orig_mod", model)
+    _check(model, x)
+    layers = (from_layer, to_layer)
+    with _untouched(x.device), explanation_mode(products=products, create_graph=create_graph):
+        start, output = run_between(model, x, _entry(x, create_graph), *layers)
+        _check_output(output, len(x))
+        value, classes, others = select(output, target, versus)
+        _check_graph(value, model, x, layers, products)
+        weights = _weights(value, start, create_graph)
+    constants = (
+        _shares(model, x, target if classes is None else classes, others, layers, products)
+        if shares
+        else None
+    )
+    kept = _identity if create_graph else Tensor.detach
+    return Explanation(
+        x=kept(start),
+        logits=kept(output),
+        value=kept(value),
+        target=classes,
+        versus=others,
+        weights=weights,
+        products=products,
+        shares=constants,
+        channel_dim=channel_dim,
+    )
+
+
+_Layers = tuple[str | None, str | None]
+
+
+def _check(model: Callable[..., Any], x: Tensor) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first"
+        )
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"
+        )
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(
+            f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("`x` holds values that are not finite")
+    if isinstance(model, nn.Module):
+        training = next((name for name, module in model.named_modules() if module.training), None)
+        if training is not None:
+            where = f"its module {training!r} is" if training else "it is"
+            raise ValueError(
+                f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first"
+            )
+    elif not callable(model):
+        raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
+
+
+def _check_output(output: Tensor, samples: int) -> None:
+    if not output.is_floating_point() or output.ndim < 1 or len(output) != samples:
+        raise TypeError(
+            f"the output has dtype {output.dtype} and shape {tuple(output.shape)}, must be floating point with "
+            f"{samples} samples first"
+        )
+    if not output.requires_grad:
+        raise ValueError(
+            "the output has no gradient path to the input: does the network detach, or run in no_grad?"
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError("the output holds values that are not finite")
+
+
+@contextmanager
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off inside; random state afterwards as before."""
+    # Restored only if the network drew numbers, so that other threads' random state is left alone.
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if not torch.equal(torch.get_rng_state(), states[0]):
+            torch.set_rng_state(states[0])
+        if states[1] is not None and not torch.equal(torch.cuda.get_rng_state(device), states[1]):
+            torch.cuda.set_rng_state(states[1], device)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _entry(x: Tensor, create_graph: bool) -> Callable[[Tensor], Tensor]:
+    """What makes the start of an explanation out of an input: a copy, which the network may write to."""
+
+    def enter(value: Tensor) -> Tensor:
+        if not create_graph:
+            value = value.detach().requires_grad_()
+        elif not value.requires_grad:
+            value = value.detach().requires_grad_()
+        return mark_as_input(value.clone())
+
+    return enter
+
+
+def _check_graph(
+    value: Tensor, model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy
+) -> None:
+    """The graph audit; what it finds is looked for once more by a pass that notes places."""
+    if next(violations(value), None) is None:
+        return
+    mode = LocatingMode(model, products)
+    with mode:
+        _, output = run_between(model, x.detach(), _entry(x, create_graph=False), *layers)
+        found = list(violations(output)) or list(violations(value))
+    listed = "; ".join(str(violation) for violation in found[:3])
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    raise NotLinearError(
+        f"the network is not dynamic linear: {listed}{more}. Replace the operation, or register what is to be frozen "
+        "in it with `bcoskit.rule`"
+    )
+
+
+def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
+    """One backward pass per target: the samples do not interact, so that a sum over them keeps them apart."""
+    columns = value.unbind(1) if value.ndim == 2 else (value,)
+    rows: list[Tensor] = []
+    for index, column in enumerate(columns):
+        keep = create_graph or index < len(columns) - 1
+        (row,) = torch.autograd.grad(
+            column.sum(), start, retain_graph=keep, create_graph=create_graph, allow_unused=True
+        )
+        if row is None:
+            raise ValueError(
+                "the target does not depend on the input of the explanation: check the layers and the target"
+            )
+        rows.append(row)
+    weights = torch.stack(rows, 1) if value.ndim == 2 else rows[0]
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError(
+            "W(x) holds values that are not finite: some operation has no finite gradient at this input"
+        )
+    return weights
+
+
+def _shares(
+    model: Callable[..., Any],
+    x: Tensor,
+    target: Target,
+    versus: Tensor | None,
+    layers: _Layers,
+    products: ProductPolicy,
+) -> dict[str, Tensor]:
+    """Every constant's share, each like the value that is explained.
+
+    One sample at a time: inside a network an axis need not belong to samples, so that only a pass of its own tells
+    which of a constant's shares are a sample's.
+    """
+    samples: list[list[dict[str, Tensor]]] = []
+    for index in range(len(x)):
+        mode = ConstantsMode(model, products)
+        sample = x[index : index + 1].detach()
+        with _untouched(x.device):
+            with mode:
+                start, output = run_between(model, sample, _entry(x, create_graph=False), *layers)
+            chosen = target[index : index + 1] if isinstance(target, Tensor) else target
+            value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
+            collected: list[dict[str, Tensor]] = []
+            for column in value.unbind(1) if value.ndim == 2 else (value,):
+                mode.shares = {}
+                torch.autograd.grad(column.sum(), start, retain_graph=True)
+                collected.append(mode.shares)
+        samples.append(collected)
+    names = sorted({name for sample in samples for column in sample for name in column})
+    zero = x.new_zeros(())
+    table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
+    stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
+    return stacked if value.ndim == 2 else {name: share.squeeze(1) for name, share in stacked.items()}

@@ -1,0 +1,103 @@
+"""Run a network from one named layer to another, without touching it."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def run_between(
+    model: Callable[..., Any],
+    x: Tensor,
+    enter: Callable[[Tensor], Tensor],
+    from_layer: str | None,
+    to_layer: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the network on `x`, with `enter(input)` in the place of the input of the explanation.
+
+    The network is run as a copy that shares everything but the named layers, which report their outputs: other
+    threads may use the network meanwhile.
+
+    Args:
+        model: The network.
+        x: Its input.
+        enter: Makes the tensor from which the explanation starts.
+        from_layer: The layer whose output is the input of the explanation; None for the network's own input.
+        to_layer: The layer whose output is explained; None for the network's own output.
+
+    Returns:
+        The tensor that `enter` made, and the output that is explained.
+
+    Raises:
+        ValueError: If there is no such layer, or it does not run exactly once.
+        TypeError: If a layer's output, or the network's, is not one tensor.
+    """
+    if from_layer is None and to_layer is None:
+        start = enter(x)
+        return start, _tensor(model(start), "the network")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`from_layer` and `to_layer` need a torch.nn.Module, got {type(model).__name__}")
+    starts: list[Tensor] = []
+    ends: list[Tensor] = []
+
+    def start_here(output: Any) -> Tensor:
+        starts.append(enter(_tensor(output, f"`from_layer` (={from_layer!r})")))
+        return starts[-1]
+
+    def end_here(output: Any) -> None:
+        ends.append(_tensor(output, f"`to_layer` (={to_layer!r})"))
+
+    if to_layer is not None:
+        model = _with_report(model, to_layer, "to_layer", end_here)
+    if from_layer is not None:
+        model = _with_report(model, from_layer, "from_layer", start_here)
+        final = model(x)
+    else:
+        starts.append(enter(x))
+        final = model(starts[0])
+    for name, layer, outputs in (("from_layer", from_layer, starts), ("to_layer", to_layer, ends)):
+        if layer is not None and len(outputs) != 1:
+            raise ValueError(
+                f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once"
+            )
+    return starts[0], ends[0] if to_layer is not None else _tensor(final, "the network")
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the output of {what} is {type(value).__name__}, an explanation needs one tensor")
+    return value
+
+
+def _with_report(
+    root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor | None]
+) -> nn.Module:
+    """A copy of the network in which the layer at the path hands its output to `report`, and may get another back."""
+    names = path.split(".") if path else []
+    copy = module = _shallow_copy(root)
+    for name in names:
+        child = module._modules.get(name)
+        if child is None:
+            known = ", ".join(name for name, _ in root.named_modules() if name)
+            raise ValueError(
+                f"`{argument}` (={path!r}) is no layer of the network; there are: {_shortened(known)}"
+            )
+        module._modules[name] = _shallow_copy(child)
+        module = module._modules[name]
+        assert module is not None
+    module._forward_hooks = OrderedDict(module._forward_hooks)
+    module.register_forward_hook(lambda _module, _inputs, output: report(output))
+    return copy
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares parameters, buffers and children, but not its tables of children and hooks."""
+    copy = module.__new__(type(module))
+    copy.__dict__ = module.__dict__.copy()
+    copy._modules = module._modules.copy()
+    return copy
+
+
+def _shortened(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[:length].rsplit(",", 1)[0] + ", …"

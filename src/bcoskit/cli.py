@@ -1,0 +1,168 @@
+"""The command line: each subcommand calls one public function, whose signature defines its options."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser
+
+
+class UsageError(ValueError):
+    """A command line that cannot be parsed."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: What `bcoskit --help` says of it.
+        load: Imports its function, which takes seconds where torch and Lightning come with it.
+        positional: The parameter that is given without an option's name, and how many values it takes.
+        configurable: Whether `--config FILE` gives options in YAML.
+    """
+
+    summary: str
+    load: Callable[[], Callable[..., int]]
+    positional: tuple[str, str] | None = None
+    configurable: bool = False
+
+
+def _explain() -> Callable[..., int]:
+    from bcoskit._command_explain import explain_images
+
+    return explain_images
+
+
+def _models() -> Callable[..., int]:
+    from bcoskit._command_models import show_models
+
+    return show_models
+
+
+def _train() -> Callable[..., Any]:
+    try:
+        from bcoskit.training import train
+    except ModuleNotFoundError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'bcoskit[train]'") from error
+    return train
+
+
+COMMANDS = {
+    "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
+    "train": Command("Train a network on images.", _train, configurable=True),
+    "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: The arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0; 1 if some of many things could not be done; 2, with one line on stderr, if nothing could.
+        With `BCOSKIT_DEBUG=1` in the environment an error's traceback is shown.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of the output has gone; what Python would still flush has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("BCOSKIT_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        readable = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)) and text
+        return _fail(text if readable else f"{type(error).__name__}: {text}", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"bcoskit: error: {message}\n")
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0
+    if name == "--version":
+        from bcoskit import __version__
+
+        sys.stdout.write(f"bcoskit {__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}; there are: {', '.join(COMMANDS)}")
+    function = COMMANDS[name].load()
+    parser = _parser(name, COMMANDS[name], function)
+    try:
+        options = parser.parse_args([_with_underscores(argument) for argument in arguments[1:]])
+    except SystemExit as stop:  # of --help
+        return int(stop.code or 0)
+    values = parser.instantiate_classes(options).as_dict()
+    values.pop("config", None)
+    result = function(**values)
+    return result if isinstance(result, int) else 0
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str | None, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parser:
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    helps = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
+    parameters = inspect.signature(function).parameters
+    parser = _Parser(prog=f"bcoskit {name}", description=command.summary)
+    if command.configurable:
+        parser.add_argument("--config", action="config", help="File with options, in YAML.")
+    special: set[str] = set()
+    if command.positional is not None:
+        positional, count = command.positional
+        default = {} if count == "+" else {"default": parameters[positional].default}
+        parser.add_argument(positional, nargs=count, help=helps[positional], **default)
+        special.add(positional)
+    for parameter in parameters.values():
+        if parameter.annotation is bool:
+            switch = ActionYesNo(no_prefix="no_")
+            parser.add_argument(
+                f"--{parameter.name}", action=switch, default=parameter.default, help=helps[parameter.name]
+            )
+            special.add(parameter.name)
+    parser.add_function_arguments(function, skip=special)
+    return parser
+
+
+def _with_underscores(argument: str) -> str:
+    """`--batch-size=3` as `--batch_size=3`: both spellings of an option are one."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _overview() -> str:
+    commands = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: bcoskit COMMAND [options]",
+            "",
+            "B-cos networks: inherently interpretable networks whose explanations are exact.",
+            "",
+            *commands,
+            "",
+            "`bcoskit COMMAND --help` lists the options of a command.",
+            "",
+        )
+    )

@@ -1,0 +1,107 @@
+"""Small images decoded once and augmented by the batch, for fast training."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from bcoskit.data._images import pixels
+from bcoskit.data._labelled import ImageDataset
+
+
+class InMemoryImages(TensorDataset):
+    """Decoded images and labels, taken by the batch in one indexing operation.
+
+    Item `i` is `(images[i], labels[i])`, where `i` may be an integer, a slice, a list or a tensor. A
+    `DataLoader` asks for a whole batch at once, which needs no collation: give it
+    `collate_fn=torch.utils.data.default_convert`, which leaves tensors as they are.
+
+    Args:
+        images: Pixels, uint8 `(N, 3, H, W)`.
+        labels: Class indices, int64 `(N,)`.
+        classes: Class names, in the order of the class indices.
+
+    Attributes:
+        images: As given.
+        labels: As given.
+        classes: As given.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        super().__init__(images, labels)
+        self.images = images
+        self.labels = labels
+        self.classes = tuple(classes)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+def in_memory(dataset: ImageDataset, progress: Callable[[int, int], object] | None = None) -> InMemoryImages:
+    """Decodes every image of a dataset once, N * 3 * H * W bytes in all.
+
+    Images of different sizes are brought to one by a transform that yields images again, such as
+    `ImageTransform(32).view`.
+
+    Args:
+        dataset: Images of one size: without transform, or with one that yields images.
+        progress: Called as `progress(done, total)` after every image.
+
+    Raises:
+        ImageError: If an image cannot be read.
+        TypeError: If the items of `dataset` are not images.
+        ValueError: If the images differ in size.
+    """
+    total = len(dataset)
+    images = torch.empty(0)
+    for index in range(total):
+        image, _ = dataset[index]
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"`dataset` must yield images, not {type(image).__name__}: drop its transform")
+        values = pixels(image.convert("RGB"))
+        if index == 0:
+            images = values.new_empty((total, *values.shape))
+        elif values.shape != images.shape[1:]:
+            raise ValueError(
+                f"image {index} of `dataset` has {image.width}x{image.height} pixels, the first one has "
+                f"{images.shape[3]}x{images.shape[2]}: give it a transform such as `ImageTransform(32).view`"
+            )
+        images[index] = values
+        if progress is not None:
+            progress(index + 1, total)
+    return InMemoryImages(images, dataset.labels, dataset.classes)
+
+
+def random_crop_flip(batch: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
+    """The augmentation of CIFAR training: every image is shifted and mirrored at random, by itself.
+
+    Each image is padded with zeros on all sides, cropped to its size at an offset uniform in [0, 2 * padding]
+    per axis, and flipped from left to right with probability 1/2.
+
+    Args:
+        batch: Images `(N, C, H, W)` of any dtype, before they are encoded (zero is black).
+        padding: Largest shift in pixels.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        New images of the same shape, dtype and device.
+
+    Raises:
+        ValueError: If `batch` has another number of dimensions, or `padding` is negative.
+    """
+    if batch.ndim != 4:
+        raise ValueError(f"`batch` must have shape (N, C, H, W), got {tuple(batch.shape)}")
+    if padding < 0:
+        raise ValueError(f"`padding` (={padding}) must not be negative")
+    count, _, height, width = batch.shape
+    source = batch.device if generator is None else generator.device
+    offsets = torch.randint(2 * padding + 1, (2, count), generator=generator, device=source)
+    flips = torch.randint(2, (count, 1, 1, 1), generator=generator, device=source)
+    top, left = offsets.to(batch.device)
+    padded = torch.nn.functional.pad(batch, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, offset, offset, H, W)
+    crops = windows[torch.arange(count, device=batch.device), :, top, left]
+    return torch.where(flips.to(batch.device) == 1, crops.flip(-1), crops)

@@ -1,0 +1,172 @@
+"""The constants of a network: what each operation outputs when the input of the linear map is 0.
+
+`output = W(x)·x + Σ shares`, where an operation with value `y` and constant `c = op(0)` has the share
+`⟨∂output/∂y, c⟩`. The constants are evaluated, not derived from W, so that the sum is a test of W.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, depends_on_input, name_of
+from bcoskit.dynamic._places import Places
+
+# Piecewise linear operations with constant pieces: where the output is not the input, it is a constant.
+_SATURATING = frozenset(
+    ("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_", "hardtanh")
+    + ("hardtanh_", "relu6", "threshold", "threshold_", "maximum", "minimum", "fmax", "fmin", "max", "min")
+)
+
+
+class ConstantsMode(ExplanationMode):
+    """An `explanation_mode` that collects the share of every constant of one sample's output.
+
+    Args:
+        model: The network, for the names of parameters, buffers and modules.
+        products: As of `explanation_mode`.
+
+    Attributes:
+        shares: What backward passes have collected since it was last cleared, by name.
+    """
+
+    def __init__(self, model: Callable[..., Any], products: ProductPolicy = "split") -> None:
+        super().__init__(products=products)
+        self.shares: dict[str, Tensor] = {}
+        self._places = Places(model)
+        # Constants computed from named ones keep their names; the tensors are kept, so that no id is used twice.
+        self._names: dict[int, str] = {}
+        self._kept: list[Tensor] = []
+        if isinstance(model, nn.Module):
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                self._names[id(tensor)] = name
+
+    def _without_parameter(self, value: Any) -> Any:
+        frozen = super()._without_parameter(value)
+        if frozen is not value and id(value) in self._names:
+            self._name(frozen, self._names[id(value)])
+        return frozen
+
+    def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the operation, and listen for the gradient of its output if it has a constant."""
+        if not any(depends_on_input(tensor) for tensor in _tensors((args, kwargs))):
+            output = super().natural(func, args, kwargs)
+            names = sorted(
+                {self._names[id(tensor)] for tensor in _tensors((args, kwargs)) if id(tensor) in self._names}
+            )
+            for tensor in _tensors(output) if names else ():
+                self._name(tensor, " · ".join(names))
+            return output
+        before = self._at_zero(func, args, kwargs)
+        kept = args[0].detach().clone() if _saturates(func) else None
+        output = super().natural(func, args, kwargs)
+        # An operation in place has its result in its first argument.
+        outputs = list(_tensors(args[0] if output is None else output))
+        for tensor, constant in zip(outputs, before, strict=False):
+            if kept is not None:
+                constant = torch.where(tensor.detach() == kept, 0, tensor.detach())
+            self._listen(func, args, kwargs, tensor, constant)
+        return output
+
+    def _name(self, tensor: Tensor, name: str) -> None:
+        self._names[id(tensor)] = name
+        self._kept.append(tensor)
+
+    def _at_zero(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        without: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The operation's outputs with 0 in the place of every live argument (and of one named constant)."""
+        arguments, keywords = _map((args, kwargs), lambda tensor: _zeroed(tensor, without))
+        with torch.no_grad():
+            output = func(*arguments, **keywords)
+        return list(_tensors(arguments[0] if output is None else output))
+
+    def _listen(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensor: Tensor,
+        constant: Tensor,
+    ) -> None:
+        # An infinite constant (padding of a maximum) is never chosen: its gradient is 0.
+        constant = (
+            torch.where(torch.isfinite(constant), constant, 0) if constant.is_floating_point() else constant
+        )
+        if not tensor.requires_grad or not bool(constant.any()):
+            return
+        name = self._responsible(func, args, kwargs, constant)
+        if tensor._is_view() and _is_in_place(func):
+            # The gradient of a view that was written to arrives at its base.
+            base = tensor._base
+            assert base is not None
+            whole = torch.zeros_like(base)
+            whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(constant)
+            tensor, constant = base, whole
+        self._kept.append(constant)
+
+        def collect(gradient: Tensor) -> None:
+            share = (gradient * constant).sum()
+            self.shares[name] = self.shares[name] + share if name in self.shares else share
+
+        tensor.register_hook(collect)
+
+    def _responsible(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], constant: Tensor
+    ) -> str:
+        """The names of the constants without which the operation would output something else at 0."""
+        named = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._names]
+        names = {self._names[id(tensor)] for tensor in named}
+        if len(names) > 1:
+            names = {
+                self._names[id(tensor)]
+                for tensor in named
+                if not torch.equal(self._at_zero(func, args, kwargs, without=tensor)[0], constant)
+            }
+        if names:
+            return " · ".join(sorted(names))
+        location, module = self._places.here()
+        operation = name_of(func).rsplit(".", 1)[-1].strip("_")
+        return f"{module}: {operation}" if module else f"{operation} ({location})"
+
+
+def _zeroed(tensor: Tensor, without: Tensor | None) -> Tensor:
+    # A copy, since the operation may be one in place.
+    return (
+        torch.zeros_like(tensor) if tensor is without or depends_on_input(tensor) else tensor.detach().clone()
+    )
+
+
+def _saturates(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "") in _SATURATING
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)([_map(item, change) for item in value])
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return value

@@ -1,0 +1,170 @@
+"""The graph audit: which operations behind an output are not linear in the input, and where they are called."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bcoskit.dynamic._mode import FREEZE_NODE, ExplanationMode, ProductPolicy, name_of, node_depends_on_input
+from bcoskit.dynamic._places import Places
+
+_LOCATION = "bcoskit_location"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """An operation that is not linear in the input.
+
+    Attributes:
+        node: The autograd node, without its number.
+        operation: The operation as it was called, as `torch.erfinv`.
+        location: File and line of the call in the network's code.
+        module: Path of the module in which it was called.
+        reason: What is wrong with it.
+    """
+
+    node: str
+    operation: str = "?"
+    location: str = "?"
+    module: str = "?"
+    reason: str = "is not linear in the input"
+
+    def __str__(self) -> str:
+        return f"{self.operation} ({self.node}) {self.reason}, in module {self.module!r} at {self.location}"
+
+
+# Nodes that are linear or piecewise linear in all their inputs.
+_LINEAR = frozenset(
+    """
+    Abs Add AccumulateGrad AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
+    AffineGridGenerator Alias Amax Amin Aminmax AsStrided AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone Col2Im
+    Complex Conj ConjPhysical ConstantPadNd Copy CopyBackwards CopySlices Cummax Cummin Cumsum Diag DiagEmbed Diagonal
+    Expand FftC2C FftC2R FftR2C Flip Fmax Fmin FractionalMaxPool2D FractionalMaxPool3D Gather Hardshrink Hardtanh Im2Col
+    Imag Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce IndexSelect Kthvalue LeakyRelu Lift
+    LiftFresh LogicalNot MaskedFill MaskedScatter MaskedSelect Max MaxPool2DWithIndices MaxPool3DWithIndices
+    MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D Mode
+    NanToNum Nanmean Nanmedian Nansum NativeDropout Neg Permute PixelShuffle PixelUnshuffle PreluKernel Put Real
+    ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat RepeatInterleave ReplicationPad1D ReplicationPad2D
+    ReplicationPad3D ReshapeAlias ReshapeCopy Roll Rot90 RreluWithNoise Rsub Scatter ScatterAdd Select SelectScatter
+    Slice SliceScatter Sort Split SplitWithSizes Squeeze Stack Sub Sum T Take Threshold ToCopy Topk Trace Transpose
+    Tril Triu Unbind Unfold UnsafeSplit UnsafeSplitWithSizes UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBicubic2DAa
+    UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
+    UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D View ViewAsComplex
+    ViewAsReal Where
+    """.split()
+)
+
+# Bilinear nodes: which of their inputs are factors, of which one at most may depend on the input …
+_FACTORS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        ("Mul", "Mm", "Bmm", "Mv", "Dot", "Vdot", "LinalgCross", "LinalgVecdot", "Linear"), (0, 1)
+    ),
+    **dict.fromkeys(
+        ("Convolution", "MkldnnConvolution", "ConvolutionOverrideable", "SlowConvTranspose2D"), (0, 1)
+    ),
+    **dict.fromkeys(
+        ("ConvDepthwise2D", "SlowConvDilated2D", "ThnnConv2D", "ConvTbc", "MkldnnLinear"), (0, 1)
+    ),
+    **dict.fromkeys(("Addmm", "Baddbmm", "Addmv", "Addr", "Addbmm", "Addcmul"), (1, 2)),
+    "Trilinear": (0, 1, 2),
+}
+# … and inputs in which a node is not linear at all.
+_FIXED: dict[str, tuple[int, ...]] = {
+    "Div": (1,),
+    "Addcdiv": (2,),
+    "Lerp": (2,),
+    "GridSampler2D": (1,),
+    "GridSampler3D": (1,),
+}
+
+
+def violations(output: Tensor) -> Iterator[Violation]:
+    """The graph audit: every operation behind an output that is not linear in the input.
+
+    The output must come from inside `explanation_mode`, where parameters are constants.
+
+    Args:
+        output: Any tensor with a graph.
+
+    Yields:
+        The violations, from the output towards the input.
+    """
+    stack = [output.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node.name() == FREEZE_NODE:
+            continue
+        seen.add(node)
+        reason = _fault(node)
+        if reason is not None:
+            yield _violation(node, reason)
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _kind(node: Any) -> str:
+    """`MulBackward0` and `torch::autograd::AccumulateGrad` as `Mul` and `AccumulateGrad`."""
+    name = node.name().rsplit("::", 1)[-1]
+    return re.sub(r"Backward(\d*)$", "", name) if not name.startswith("CopyBackwards") else name
+
+
+def _fault(node: Any) -> str | None:
+    kind = _kind(node)
+    if kind in _LINEAR:
+        return None
+    parents = [parent for parent, _ in node.next_functions]
+    if kind in _FACTORS:
+        live = sum(_depends(parents[slot]) for slot in _FACTORS[kind] if slot < len(parents))
+        return None if live < 2 else f"multiplies {live} factors that depend on the input"
+    if kind in _FIXED:
+        live = any(_depends(parents[slot]) for slot in _FIXED[kind] if slot < len(parents))
+        return "has a divisor, weight or grid that depends on the input" if live else None
+    # With `create_graph` constants have a graph too; what does not lead to the input is one.
+    return "is not known to be linear in the input" if node_depends_on_input(node) else None
+
+
+def _depends(node: Any) -> bool:
+    return node is not None and node_depends_on_input(node)
+
+
+def _violation(node: Any, reason: str) -> Violation:
+    located: Violation | None = node.metadata.get(_LOCATION)
+    if located is None:
+        return Violation(_kind(node), reason=reason)
+    return Violation(_kind(node), located.operation, located.location, located.module, reason)
+
+
+class LocatingMode(ExplanationMode):
+    """An `explanation_mode` that notes at every node of the graph where in the network it was made.
+
+    Args:
+        model: The network, for the paths of its modules.
+        products: As of `explanation_mode`.
+    """
+
+    def __init__(self, model: Callable[..., Any], products: ProductPolicy = "split") -> None:
+        super().__init__(products=products)
+        self._places = Places(model)
+
+    def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the operation, and mark the nodes that it has added to the graph."""
+        output = super().natural(func, args, kwargs)
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            location, module = self._places.here()
+            mark = Violation("", name_of(func), location, module)
+            stack = [output.grad_fn]
+            while stack:
+                node = stack.pop()
+                if node is not None and _LOCATION not in node.metadata:
+                    node.metadata[_LOCATION] = mark
+                    stack.extend(parent for parent, _ in node.next_functions)
+        return output
+
+
+def mark_as_input(start: Tensor) -> Tensor:
+    """Say of a tensor with a graph of its own that the input of the explanation is here."""
+    assert start.grad_fn is not None
+    start.grad_fn.metadata["bcoskit_depends"] = True
+    return start

@@ -1,0 +1,244 @@
+"""The one switch: a context in which every input-dependent factor is a constant for autograd."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ProductPolicy: TypeAlias = Literal["split", "first", "error"]
+"""What becomes of a product of two factors that both depend on the input (see `explanation_mode`)."""
+
+PRODUCT_POLICIES: tuple[ProductPolicy, ...] = ("split", "first", "error")
+
+
+class NotLinearError(RuntimeError):
+    """The network is not dynamic linear: some operation has no exact linear summary."""
+
+
+class _FreezeFunction(torch.autograd.Function):
+    """Identity whose gradient is nothing while its mode is entered, and the identity afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mode: "ExplanationMode") -> Tensor:
+        ctx.mode = mode
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None if ctx.mode.entered else gradients[0], None
+
+
+FREEZE_NODE = "_FreezeFunctionBackward"
+
+
+class ExplanationMode(TorchFunctionMode):
+    """The mode behind `explanation_mode`, which documents it.
+
+    Torch's own thread-local stack of function modes is the only state: nothing is stored on modules, and
+    leaving the context, also by an exception, ends it.
+    """
+
+    def __init__(self, *, products: ProductPolicy = "split", create_graph: bool = False) -> None:
+        if products not in PRODUCT_POLICIES:
+            raise ValueError(f"`products` (={products!r}) must be one of {', '.join(PRODUCT_POLICIES)}")
+        super().__init__()
+        self.products: ProductPolicy = products
+        self.create_graph = create_graph
+        self._depth = 0
+        self._frozen_parameters: dict[int, Tensor] = {}
+
+    @property
+    def entered(self) -> bool:
+        """Whether the context is open: frozen factors pass no gradient."""
+        return self._depth > 0
+
+    def __enter__(self) -> "ExplanationMode":
+        super().__enter__()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._frozen_parameters.clear()
+        super().__exit__(*exception)
+
+    def freeze(self, tensor: Tensor) -> Tensor:
+        """The tensor as a constant of the linear map (with `create_graph`: until the context is left)."""
+        if self.create_graph:
+            return _FreezeFunction.apply(tensor, self) if tensor.requires_grad else tensor
+        return tensor.detach()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        arguments, keywords = self._without_parameters(args, kwargs or {})
+        return self._apply(func, arguments, keywords)
+
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        handler = RULES.get(func)
+        if handler is None or not self._any_live(args, kwargs):
+            return self.natural(func, args, kwargs)
+        return handler(self, func, args, kwargs)
+
+    def _any_live(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        # With `create_graph` frozen factors require gradients too, so that only their graph tells them apart.
+        test = depends_on_input if self.create_graph else requires_gradient
+        return _any_tensor(args, test) or _any_tensor(kwargs.values(), test)
+
+    def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operation as it is: what reaches this point is (piecewise) linear in its live arguments."""
+        return func(*args, **kwargs)
+
+    def _without_parameters(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Freeze every `nn.Parameter`, so that `requires_grad` means "depends on the input"."""
+        return (
+            tuple([self._without_parameter(value) for value in args]),
+            {name: self._without_parameter(value) for name, value in kwargs.items()} if kwargs else kwargs,
+        )
+
+    def _without_parameter(self, value: Any) -> Any:
+        if isinstance(value, torch.nn.Parameter):
+            if not self.create_graph:
+                return value.detach()
+            # One node per parameter, however often a forward pass uses it.
+            if id(value) not in self._frozen_parameters:
+                self._frozen_parameters[id(value)] = self.freeze(value)
+            return self._frozen_parameters[id(value)]
+        if type(value) in (list, tuple):
+            return type(value)([self._without_parameter(item) for item in value])
+        return value
+
+
+Handler: TypeAlias = Callable[[ExplanationMode, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""What is called, with the mode off, in the place of an operation with live arguments."""
+
+RULES: dict[Callable[..., Any], Handler] = {}
+"""The one table of rules; `bcoskit.dynamic._rules` fills it."""
+
+
+def explanation_mode(*, products: ProductPolicy = "split", create_graph: bool = False) -> ExplanationMode:
+    """A context in which a network is the linear map `W(x)` that summarises it at its input.
+
+    Inside, every factor that a layer computes from its input (the `|cos|` of a B-cos layer, an attention
+    matrix, the statistic of a norm, the gate of a GELU …) is a constant for autograd. Forward values do not
+    change; the gradient of an output with respect to the input `x` is exactly its row of `W(x)`, with
+    `output = W(x)·x + constants` (Böhle et al., CVPR 2022, section 3.2.3; TPAMI 2024, section 3).
+
+    The context is thread-local, can be nested, and ends with the `with` block, also when an exception passes.
+    Nothing is stored on modules. It may be entered inside a function under `torch.compile(fullgraph=True)` and
+    `torch.func`, and a compiled model may be called in it. Every `nn.Parameter` is a constant in it too; any
+    other tensor that requires a gradient counts as input.
+
+    Args:
+        products: What becomes of a product `u·v` of two factors that both depend on the input, for which no
+            layer or rule says which one is the factor to freeze: `"split"` gives each half of the contribution,
+            `"first"` gives the first factor all of it, `"error"` raises `NotLinearError`.
+        create_graph: Keep the frozen factors differentiable for *after* the context: what was computed inside,
+            `W(x)` included, then has its complete derivative with respect to parameters and input.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: If `products` is not one of the three policies.
+    """
+    return ExplanationMode(products=products, create_graph=create_graph)
+
+
+def current_mode() -> ExplanationMode | None:
+    """The innermost open `explanation_mode` of this thread, or None."""
+    for index in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(index)
+        if isinstance(mode, ExplanationMode):
+            return mode
+    return None
+
+
+def freeze(tensor: Tensor) -> Tensor:
+    """Mark a factor as input-dependent: the identity, and inside `explanation_mode` a constant.
+
+    A layer `y = factor(x)·z(x)` with `z` linear in `x` becomes explainable by writing `factor(freeze(x))`.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The tensor itself; inside `explanation_mode` the same values without a gradient path.
+    """
+    mode = current_mode()
+    return tensor if mode is None else mode.freeze(tensor)
+
+
+def depends_on_input(value: Any) -> bool:
+    """Whether a gradient path leads from the value to a leaf that is not a parameter, past no frozen factor."""
+    if not isinstance(value, Tensor):
+        return False
+    if _has_tangent(value):
+        return True
+    if not value.requires_grad:
+        return False
+    if torch.compiler.is_compiling() or value.grad_fn is None:
+        return not isinstance(value, torch.nn.Parameter)
+    return node_depends_on_input(value.grad_fn)
+
+
+def node_depends_on_input(root: Any) -> bool:
+    """As `depends_on_input`, for a node of the autograd graph; remembered in the nodes' metadata."""
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        if "bcoskit_depends" in node.metadata:
+            stack.pop()
+            continue
+        if node.name() == FREEZE_NODE:
+            node.metadata["bcoskit_depends"] = False
+            continue
+        if hasattr(node, "variable"):
+            node.metadata["bcoskit_depends"] = not isinstance(node.variable, torch.nn.Parameter)
+            continue
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        pending = [parent for parent in parents if "bcoskit_depends" not in parent.metadata]
+        if pending:
+            stack.extend(pending)
+        else:
+            # A node without parents is opaque (a functorch wrapper's): it requires a gradient, so it depends.
+            node.metadata["bcoskit_depends"] = not parents or any(
+                parent.metadata["bcoskit_depends"] for parent in parents
+            )
+    return bool(root.metadata["bcoskit_depends"])
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A readable name of a torch function, as `Tensor.mul` or `softmax`."""
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+    return name.replace("TensorBase.", "Tensor.").replace("_VariableFunctionsClass.", "torch.")
+
+
+def _any_tensor(values: Iterable[Any], test: Callable[[Tensor], bool]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if test(value):
+                return True
+        elif type(value) in (list, tuple) and _any_tensor(value, test):
+            return True
+    return False
+
+
+def requires_gradient(value: Any) -> bool:
+    """Whether the value is a tensor with a gradient path or a tangent, wherever they come from."""
+    return isinstance(value, Tensor) and (value.requires_grad or _has_tangent(value))
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is dual: in forward mode it is the tangent that tells what depends on the input."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -1,0 +1,359 @@
+"""The B-cos transform and its companions as pure functions."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bcoskit.dynamic import GATES, attention, freeze, gate, normalize
+from bcoskit.dynamic._formulas import in_single_precision
+
+__all__ = [
+    "GATES",
+    "attention",
+    "bcos_conv",
+    "bcos_linear",
+    "gate",
+    "max_out",
+    "normalize",
+    "patch_norm",
+    "unit_norm",
+]
+
+PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+
+# Kept for parity with the authors' layers: the epsilons inside the root of a patch norm, beside the root of
+# a linear layer's norm, and of |cos| where its exponent is neither 0 nor 1.
+_PATCH_EPS = 1e-6
+_LINEAR_EPS = 1e-12
+_COSINE_EPS = 1e-6
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def bcos_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    max_out: int = 1,
+    normalize_weight: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """The B-cos transform `(ŵ·x) |cos(x, ŵ)|^(b-1) / scale` of a vector (Böhle et al., CVPR 2022, eq. 3).
+
+    `|cos| = |ŵ·x| / (‖x‖ + 1e-12)`. In `explanation_mode` the power of the cosine is a constant.
+
+    Args:
+        x: (…, in_features), floating point.
+        weight: (out_features · max_out, in_features).
+        bias: (out_features,), added at the end.
+        b: Exponent of at least 1, or a tensor that broadcasts to the output; 1 is the linear transform.
+        max_out: Of each group of this many consecutive rows the largest response is taken.
+        normalize_weight: Whether rows are divided by their norm (`ŵ`), or taken as they are.
+        scale: Divides the transform (the first paper's per-layer divisor).
+
+    Returns:
+        (…, out_features).
+
+    Raises:
+        ValueError: If `b`, `max_out` or `scale` is out of its range, or `max_out` does not divide the rows.
+    """
+    _check_arguments(b, max_out, scale)
+    rows = unit_norm(weight) if normalize_weight else weight
+    y = _max_out(F.linear(x, rows), max_out, -1)
+    if not _is_linear(b):
+        with _precisely(x):
+            values = freeze(in_single_precision(x))
+            norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True) + _LINEAR_EPS
+        y = y * _cosine_power(freeze(y), norm, b)
+    return _finish(y, bias, scale)
+
+
+def bcos_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    max_out: int = 1,
+    normalize_weight: bool = True,
+    scale: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+) -> Tensor:
+    """The B-cos transform of every patch: `conv(x, ŵ) |cos|^(b-1) / scale`, in one, two or three dimensions.
+
+    `|cos| = |conv(x, ŵ)| / patch_norm(x)` (Böhle et al., CVPR 2022, section 3.2). In `explanation_mode` the
+    power of the cosine is a constant.
+
+    Args:
+        x: (N, in_channels, *spatial) or (in_channels, *spatial), floating point.
+        weight: (out_channels · max_out, in_channels / groups, *kernel); its rank sets the number of dimensions.
+        bias: (out_channels,), added at the end.
+        b: Exponent of at least 1, or a tensor that broadcasts to (out_channels,); 1 is the convolution.
+        max_out: Of each group of this many consecutive output rows the largest response is taken.
+        normalize_weight: Whether filters are divided by their norm (`ŵ`), or taken as they are.
+        scale: Divides the transform (the first paper's per-layer divisor).
+        stride: As in `torch.nn.functional.conv2d`.
+        padding: Number, one per dimension, `"same"` or `"valid"`.
+        dilation: As in `torch.nn.functional.conv2d`.
+        groups: As in `torch.nn.functional.conv2d`.
+        padding_mode: What stands beyond the border, for the convolution and for the patch norm.
+
+    Returns:
+        (N, out_channels, *out) or (out_channels, *out).
+
+    Raises:
+        ValueError: If `b`, `max_out` or `scale` is out of its range, or shapes, padding or padding mode do not fit.
+    """
+    _check_arguments(b, max_out, scale)
+    if weight.ndim not in _CONVOLUTIONS:
+        raise ValueError(f"`weight` has {weight.ndim} axes, a 1-d, 2-d or 3-d convolution needs 3, 4 or 5")
+    if x.ndim not in (weight.ndim, weight.ndim - 1):
+        raise ValueError(
+            f"`x` has shape {tuple(x.shape)}, a {weight.ndim - 2}-d convolution needs {weight.ndim} axes"
+        )
+    if x.ndim == weight.ndim - 1:
+        options: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+        }
+        factors: dict[str, Any] = {
+            "b": b,
+            "max_out": max_out,
+            "normalize_weight": normalize_weight,
+            "scale": scale,
+        }
+        return bcos_conv(x[None], weight, bias, **factors, **options, padding_mode=padding_mode)[0]
+    dims = weight.ndim - 2
+    filters = unit_norm(weight) if normalize_weight else weight
+    x, rest = _pad(x, weight.shape[2:], stride, padding, dilation, padding_mode)
+    convolve = _CONVOLUTIONS[weight.ndim]
+    y = convolve(x, filters, None, stride, rest, dilation, groups)
+    y = _max_out(y, max_out, 1)
+    if not _is_linear(b):
+        with _precisely(x):
+            kernel = weight.shape[2:]
+            values = freeze(in_single_precision(x))
+            norm = patch_norm(values, kernel, stride=stride, padding=rest, dilation=dilation, groups=groups)
+        exponent = b.reshape(-1, *[1] * dims) if isinstance(b, Tensor) and b.ndim else b
+        y = _scaled_by_groups(y, norm, exponent, groups)
+    return _finish(y, None if bias is None else bias.reshape(-1, *[1] * dims), scale)
+
+
+def patch_norm(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+    eps: float = _PATCH_EPS,
+) -> Tensor:
+    """The norm `sqrt(Σ x² + eps)` of every patch that a convolution reads, over the channels of each group.
+
+    Args:
+        x: (N, channels, *spatial), with one to three spatial axes.
+        kernel_size: One number, or one per dimension.
+        stride: As of the convolution.
+        padding: As of the convolution.
+        dilation: As of the convolution.
+        groups: As of the convolution.
+        padding_mode: As of the convolution.
+        eps: Added inside the root; 1e-6 as in the authors' layers.
+
+    Returns:
+        (N, groups, *out).
+
+    Raises:
+        ValueError: If shapes, padding or padding mode do not fit.
+    """
+    dims = x.ndim - 2
+    if dims not in (1, 2, 3):
+        raise ValueError(
+            f"`x` has shape {tuple(x.shape)}, must have a batch, a channel and 1 to 3 spatial axes"
+        )
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the {x.shape[1]} channels of `x`")
+    kernel = _per_dimension(kernel_size, dims, "kernel_size")
+    x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
+    squares = x.square()
+    energy = squares.sum(1, keepdim=True) if groups == 1 else squares.unflatten(1, (groups, -1)).sum(2)
+    strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
+    widths = _per_dimension(rest, dims, "padding")
+    if any(widths):
+        energy = F.pad(energy, [width for width in reversed(widths) for _ in range(2)])
+    for axis, size, step, jump in zip(range(2, x.ndim), kernel, steps, strides, strict=True):
+        energy = _window_sums(energy, axis, size, step, jump)
+    return torch.sqrt(energy + eps)
+
+
+def max_out(y: Tensor, units: int, dim: int) -> Tensor:
+    """MaxOut: of each `units` consecutive entries along an axis the largest.
+
+    The gradient goes to the one entry that was chosen.
+
+    Args:
+        y: (…, channels · units, …).
+        units: Entries that compete for one output; 1 changes nothing.
+        dim: The axis.
+
+    Returns:
+        (…, channels, …).
+
+    Raises:
+        ValueError: If `units` does not divide the axis.
+    """
+    if units == 1:
+        return y
+    axis = dim % y.ndim
+    if y.shape[axis] % units:
+        raise ValueError(f"`max_out` (={units}) must divide the {y.shape[axis]} rows of the weight")
+    return y.unflatten(axis, (-1, units)).max(axis + 1).values
+
+
+_max_out = max_out  # the name is also an argument of the transforms
+
+
+def unit_norm(weight: Tensor) -> Tensor:
+    """Rows of unit norm: `w / ‖w‖₂` over all axes but the first; a row of zeros stays 0, with gradient 0.
+
+    Args:
+        weight: (rows, …).
+
+    Returns:
+        The rows divided by their norms, shaped like `weight`.
+    """
+    values = in_single_precision(weight)
+    norm = torch.linalg.vector_norm(values, dim=tuple(range(1, weight.ndim)), keepdim=True)
+    zero = norm < torch.finfo(norm.dtype).tiny  # what is below has no finite reciprocal
+    return torch.where(zero, 0.0, values / torch.where(zero, 1.0, norm)).to(weight.dtype)
+
+
+def _window_sums(x: Tensor, axis: int, size: int, dilation: int, stride: int) -> Tensor:
+    """Sums over windows along one axis, by shifted slices: a box filter is separable, and has no weights to read."""
+    span = dilation * (size - 1) + 1
+    if x.shape[axis] < span:
+        raise ValueError(
+            f"`x` padded to {x.shape[axis]} along axis {axis} is smaller than the kernel's span {span}"
+        )
+    stop = x.shape[axis] - span + 1
+    index = (slice(None),) * axis
+    total = x[(*index, slice(0, stop, stride))]
+    for offset in range(dilation, span, dilation):
+        total = total + x[(*index, slice(offset, offset + stop, stride))]
+    return total
+
+
+def _check_arguments(b: float | Tensor, max_out: int, scale: float) -> None:
+    # A learnable exponent is not looked at, which would stop asynchronous devices in every layer.
+    if not isinstance(b, Tensor) and not 1 <= b < math.inf:
+        raise ValueError(f"`b` (={b}) must be a finite exponent of at least 1")
+    if max_out < 1:
+        raise ValueError(f"`max_out` (={max_out}) must be at least 1")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"`scale` (={scale}) must be a finite divisor above 0")
+
+
+def _is_linear(b: float | Tensor) -> bool:
+    return not isinstance(b, Tensor) and b == 1
+
+
+def _precisely(x: Tensor) -> AbstractContextManager[object]:
+    """Norms are sums of squares: autocast must not compute them in half precision."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _cosine_power(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
+    """`|y / norm|^(b-1)`, in the precision of `y`."""
+    cosine = y.abs() / norm
+    if isinstance(b, Tensor) or b != 2:
+        cosine = (cosine + _COSINE_EPS) ** (b - 1)
+    return cosine.to(y.dtype)
+
+
+def _scaled_by_groups(y: Tensor, norm: Tensor, b: float | Tensor, groups: int) -> Tensor:
+    """`y · |y / norm|^(b-1)`, where the norm of a group serves its consecutive output channels."""
+    if groups in (1, y.shape[1]):
+        return y * _cosine_power(freeze(y), norm, b)
+    if isinstance(b, Tensor) and b.ndim:
+        b = b.expand(y.shape[1], *b.shape[1:]).unflatten(0, (groups, -1))
+    grouped = y.unflatten(1, (groups, -1))
+    return (grouped * _cosine_power(freeze(grouped), norm.unsqueeze(2), b)).flatten(1, 2)
+
+
+def _finish(y: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    y = y if scale == 1 else y / scale
+    return y if bias is None else y + bias
+
+
+def _per_dimension(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    if len(value) == 1:
+        return (value[0],) * dims
+    if len(value) != dims:
+        raise ValueError(f"`{name}` (={tuple(value)}) must have one number or {dims}, one per spatial axis")
+    return tuple(value)
+
+
+def _pad(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    padding_mode: PaddingMode,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Apply the padding that a convolution cannot: the padded tensor, and the zero padding left to be done."""
+    dims = x.ndim - 2
+    if padding_mode not in _PADDING_MODES:
+        raise ValueError(f"`padding_mode` (={padding_mode!r}) must be one of {', '.join(_PADDING_MODES)}")
+    sides = _padding_sides(kernel_size, stride, padding, dilation, dims)
+    if padding_mode == "zeros" and all(left == right for left, right in sides):
+        return x, tuple(left for left, _ in sides)
+    widths = [width for pair in reversed(sides) for width in pair]
+    if not any(widths):
+        return x, (0,) * dims
+    padded = F.pad(x, widths) if padding_mode == "zeros" else F.pad(x, widths, mode=padding_mode)
+    return padded, (0,) * dims
+
+
+def _padding_sides(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    dims: int,
+) -> list[tuple[int, int]]:
+    """How much is padded before and after each spatial axis."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [(0, 0)] * dims
+        if padding != "same":
+            raise ValueError(f'`padding` (={padding!r}) must be numbers, "same" or "valid"')
+        if any(step != 1 for step in _per_dimension(stride, dims, "stride")):
+            raise ValueError(f'`padding="same"` needs `stride` 1, got {stride}')
+        kernel, steps = (
+            _per_dimension(kernel_size, dims, "kernel_size"),
+            _per_dimension(dilation, dims, "dilation"),
+        )
+        totals = [step * (size - 1) for size, step in zip(kernel, steps, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(width, width) for width in _per_dimension(padding, dims, "padding")]

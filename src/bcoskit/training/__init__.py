@@ -1,0 +1,5 @@
+"""Training on Lightning; the only part of the package that imports it."""
+
+from bcoskit.training._run import train
+
+__all__ = ["train"]
