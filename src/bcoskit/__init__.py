@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bcoskit import data, functional, models, nn, viz
     from bcoskit._audit import AuditReport, audit
+    from bcoskit._explain import Explanation, explain
     from bcoskit.data import ImageTransform, decode, encode, read_image
     from bcoskit.dynamic import NotLinearError, explanation_mode, freeze, rule
-    from bcoskit._explain import Explanation, explain
     from bcoskit.models import create_model, list_models, save_model
 
 __all__ = [

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcoskit._explain import explain
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
-from bcoskit._explain import explain
 
 __all__ = ["AuditReport", "Violation", "audit", "weights_gradient"]
 
@@ -49,9 +49,7 @@ class AuditReport:
         return not self.offenders and self.numeric == 0 and self.residual <= RESIDUAL_BOUND
 
 
-def audit(
-    model: nn.Module, x: Tensor, target: Target = None, *, products: ProductPolicy = "split"
-) -> AuditReport:
+def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: ProductPolicy = "split") -> AuditReport:
     """Prove that a network is dynamic linear at inputs, or name the operations that are not.
 
     The work is done by a copy of the network in float64.
@@ -105,9 +103,7 @@ def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductP
             (weights,) = torch.autograd.grad(output.sum(), start, create_graph=True)
             if not weights.requires_grad:
                 return 0.0
-            direction = torch.randn(weights.shape, generator=generator, dtype=weights.dtype).to(
-                weights.device
-            )
+            direction = torch.randn(weights.shape, generator=generator, dtype=weights.dtype).to(weights.device)
             (gradient,) = torch.autograd.grad((weights * direction).sum(), start, allow_unused=True)
         except (RuntimeError, NotLinearError):
             return float("nan")

@@ -57,15 +57,11 @@ def explain_images(
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
     chosen = (
-        torch.device(device)
-        if device is not None
-        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     network = _Network.load(model, chosen)
     if not 1 <= top <= len(network.classes):
-        raise ValueError(
-            f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}"
-        )
+        raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else network.class_index(target)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -118,9 +114,7 @@ class _Network:
         if target.isdecimal() and int(target) < len(self.classes):
             return int(target)
         listed = ", ".join(self.classes[:20]) + (" …" if len(self.classes) > 20 else "")
-        raise ValueError(
-            f"`target` (={target!r}) is neither a class nor an index below {len(self.classes)}: {listed}"
-        )
+        raise ValueError(f"`target` (={target!r}) is neither a class nor an index below {len(self.classes)}: {listed}")
 
     def explain(self, x: Tensor, wanted: int | None, top: int, shares: bool) -> Explanation:
         """Explain the classes with the largest logits, the one that is wanted before them."""
@@ -163,9 +157,7 @@ def _candidates(relative: Path) -> Iterator[str]:
         number += 1
 
 
-def _readable(
-    files: Iterator[tuple[Path, str]], transform: ImageTransform, report: "_Report"
-) -> Iterator[_Item]:
+def _readable(files: Iterator[tuple[Path, str]], transform: ImageTransform, report: "_Report") -> Iterator[_Item]:
     for path, name in files:
         try:
             yield _Item(path, name, transform.view(read_image(path)))
@@ -223,9 +215,7 @@ class _Report:
         self._errors = Console(stderr=True, soft_wrap=True, highlight=False)
         columns = (TextColumn("Explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # The bar shares the terminal with the table; machine-readable output stays free of it.
-        self._progress = Progress(
-            *columns, console=self._errors if self.json else self._console, transient=True
-        )
+        self._progress = Progress(*columns, console=self._errors if self.json else self._console, transient=True)
         self._task = self._progress.add_task("Explaining", total=self.total)
         self._width = max(9, *(len(name) for name in self.classes))
 
@@ -252,9 +242,7 @@ class _Report:
             image = _shortened(item.path.name, 28) if rank == 0 else ""
             residual = "-" if row["residual"] is None else f"{row['residual']:.0e}"
             figures = f"{row['probability']:>11.4f}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
-            text = (
-                f"{image:<28}  {row['class']:<{self._width}}  {figures}  {row['bias']:>9.4f}  {residual:>9}"
-            )
+            text = f"{image:<28}  {row['class']:<{self._width}}  {figures}  {row['bias']:>9.4f}  {residual:>9}"
             self._console.print(text, markup=False)
 
     def failed(self, path: Path, reason: str) -> None:

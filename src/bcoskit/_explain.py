@@ -75,9 +75,7 @@ class Explanation:
             return None
         constants = sum(self.shares.values(), torch.zeros_like(self.value))
         terms = [self.value, self.value - self.bias, constants]
-        terms += [
-            picked(self.logits, classes) for classes in (self.target, self.versus) if classes is not None
-        ]
+        terms += [picked(self.logits, classes) for classes in (self.target, self.versus) if classes is not None]
         largest = torch.stack(terms).abs().amax(0)
         return (self.bias - constants) / largest.clamp_min(torch.finfo(largest.dtype).tiny)
 
@@ -105,14 +103,10 @@ class Explanation:
             target=None if self.target is None else change(self.target),
             versus=None if self.versus is None else change(self.versus),
             weights=change(self.weights),
-            shares=None
-            if self.shares is None
-            else {name: change(share) for name, share in self.shares.items()},
+            shares=None if self.shares is None else {name: change(share) for name, share in self.shares.items()},
         )
 
-    def to_image(
-        self, index: int = 0, *, target: int = 0, smooth: int = 15, percentile: float = 99.5
-    ) -> "Image.Image":
+    def to_image(self, index: int = 0, *, target: int = 0, smooth: int = 15, percentile: float = 99.5) -> "Image.Image":
         """The colour picture of one explanation: see `bcoskit.viz.color_picture`.
 
         Args:
@@ -254,11 +248,7 @@ def explain(
         value, classes, others = select(output, target, versus)
         _check_graph(value, model, x, layers, products)
         weights = _weights(value, start, create_graph)
-    constants = (
-        _shares(model, x, target if classes is None else classes, others, layers, products)
-        if shares
-        else None
-    )
+    constants = _shares(model, x, target if classes is None else classes, others, layers, products) if shares else None
     kept = _identity if create_graph else Tensor.detach
     return Explanation(
         x=kept(start),
@@ -282,26 +272,20 @@ def _check(model: Callable[..., Any], x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(
-            f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first"
-        )
+        raise TypeError(f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first")
     if x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"
         )
     if x.ndim < 2 or x.numel() == 0:
-        raise ValueError(
-            f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample"
-        )
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("`x` holds values that are not finite")
     if isinstance(model, nn.Module):
         training = next((name for name, module in model.named_modules() if module.training), None)
         if training is not None:
             where = f"its module {training!r} is" if training else "it is"
-            raise ValueError(
-                f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first"
-            )
+            raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
     elif not callable(model):
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
 
@@ -313,9 +297,7 @@ def _check_output(output: Tensor, samples: int) -> None:
             f"{samples} samples first"
         )
     if not output.requires_grad:
-        raise ValueError(
-            "the output has no gradient path to the input: does the network detach, or run in no_grad?"
-        )
+        raise ValueError("the output has no gradient path to the input: does the network detach, or run in no_grad?")
     if not bool(torch.isfinite(output).all()):
         raise ValueError("the output holds values that are not finite")
 
@@ -343,18 +325,14 @@ def _entry(x: Tensor, create_graph: bool) -> Callable[[Tensor], Tensor]:
     """What makes the start of an explanation out of an input: a copy, which the network may write to."""
 
     def enter(value: Tensor) -> Tensor:
-        if not create_graph:
-            value = value.detach().requires_grad_()
-        elif not value.requires_grad:
+        if not create_graph or not value.requires_grad:
             value = value.detach().requires_grad_()
         return mark_as_input(value.clone())
 
     return enter
 
 
-def _check_graph(
-    value: Tensor, model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy
-) -> None:
+def _check_graph(value: Tensor, model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy) -> None:
     """The graph audit; what it finds is looked for once more by a pass that notes places."""
     if next(violations(value), None) is None:
         return
@@ -376,9 +354,10 @@ def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
     rows: list[Tensor] = []
     for index, column in enumerate(columns):
         keep = create_graph or index < len(columns) - 1
-        (row,) = torch.autograd.grad(
+        gradients: Any = torch.autograd.grad(
             column.sum(), start, retain_graph=keep, create_graph=create_graph, allow_unused=True
         )
+        row: Tensor | None = gradients[0]
         if row is None:
             raise ValueError(
                 "the target does not depend on the input of the explanation: check the layers and the target"
@@ -386,9 +365,7 @@ def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
         rows.append(row)
     weights = torch.stack(rows, 1) if value.ndim == 2 else rows[0]
     if not bool(torch.isfinite(weights).all()):
-        raise ValueError(
-            "W(x) holds values that are not finite: some operation has no finite gradient at this input"
-        )
+        raise ValueError("W(x) holds values that are not finite: some operation has no finite gradient at this input")
     return weights
 
 
@@ -406,6 +383,7 @@ def _shares(
     which of a constant's shares are a sample's.
     """
     samples: list[list[dict[str, Tensor]]] = []
+    several = False
     for index in range(len(x)):
         mode = ConstantsMode(model, products)
         sample = x[index : index + 1].detach()
@@ -414,8 +392,9 @@ def _shares(
                 start, output = run_between(model, sample, _entry(x, create_graph=False), *layers)
             chosen = target[index : index + 1] if isinstance(target, Tensor) else target
             value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
+            several = value.ndim == 2
             collected: list[dict[str, Tensor]] = []
-            for column in value.unbind(1) if value.ndim == 2 else (value,):
+            for column in value.unbind(1) if several else (value,):
                 mode.shares = {}
                 torch.autograd.grad(column.sum(), start, retain_graph=True)
                 collected.append(mode.shares)
@@ -424,4 +403,4 @@ def _shares(
     zero = x.new_zeros(())
     table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
     stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
-    return stacked if value.ndim == 2 else {name: share.squeeze(1) for name, share in stacked.items()}
+    return stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}

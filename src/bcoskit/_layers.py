@@ -58,9 +58,7 @@ def run_between(
         final = model(starts[0])
     for name, layer, outputs in (("from_layer", from_layer, starts), ("to_layer", to_layer, ends)):
         if layer is not None and len(outputs) != 1:
-            raise ValueError(
-                f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once"
-            )
+            raise ValueError(f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
     return starts[0], ends[0] if to_layer is not None else _tensor(final, "the network")
 
 
@@ -70,9 +68,7 @@ def _tensor(value: Any, what: str) -> Tensor:
     return value
 
 
-def _with_report(
-    root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor | None]
-) -> nn.Module:
+def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor | None]) -> nn.Module:
     """A copy of the network in which the layer at the path hands its output to `report`, and may get another back."""
     names = path.split(".") if path else []
     copy = module = _shallow_copy(root)
@@ -80,9 +76,7 @@ def _with_report(
         child = module._modules.get(name)
         if child is None:
             known = ", ".join(name for name, _ in root.named_modules() if name)
-            raise ValueError(
-                f"`{argument}` (={path!r}) is no layer of the network; there are: {_shortened(known)}"
-            )
+            raise ValueError(f"`{argument}` (={path!r}) is no layer of the network; there are: {_shortened(known)}")
         module._modules[name] = _shallow_copy(child)
         module = module._modules[name]
         assert module is not None

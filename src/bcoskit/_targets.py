@@ -6,9 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-Target: TypeAlias = (
-    int | Sequence[int] | Tensor | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | None
-)
+Target: TypeAlias = int | Sequence[int] | Tensor | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | None
 """What of an output is explained; see `bcoskit.explain`."""
 Versus: TypeAlias = int | Sequence[int] | Tensor | None
 """Which class a class is compared with; see `bcoskit.explain`."""
@@ -30,9 +28,7 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
         TypeError: If a target is of another kind.
         ValueError: If it is out of range or does not fit the output.
     """
-    positions = isinstance(target, tuple) or (
-        isinstance(target, list) and any(isinstance(t, tuple) for t in target)
-    )
+    positions = isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
     if not positions and output.ndim == 2:
         classes = _classes(output, target, "target") if target is not None else output.detach().argmax(1)
         values = picked(output, classes)
@@ -62,20 +58,12 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
 def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
     """Class indices (N,) or (N, K), checked."""
     samples, count = output.shape
-    if (
-        isinstance(indices, bool)
-        or not isinstance(indices, (int, Sequence, Tensor))
-        or isinstance(indices, str)
-    ):
-        raise TypeError(
-            f"`{name}` (={indices!r}) must be a class index, or a list or tensor of class indices"
-        )
+    if isinstance(indices, bool) or not isinstance(indices, (int, Sequence, Tensor)) or isinstance(indices, str):
+        raise TypeError(f"`{name}` (={indices!r}) must be a class index, or a list or tensor of class indices")
     try:
         chosen = torch.as_tensor(indices, device=output.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"`{name}` (={indices!r}) must be a list of class indices, all rows of one length"
-        ) from error
+        raise TypeError(f"`{name}` (={indices!r}) must be a list of class indices, all rows of one length") from error
     if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
         raise TypeError(f"`{name}` has dtype {chosen.dtype}, class indices must be integers")
     if chosen.ndim > 2 or chosen.numel() == 0 or (chosen.ndim and chosen.shape[0] not in (1, samples)):
@@ -85,9 +73,7 @@ def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
         )
     outside = chosen[(chosen < 0) | (chosen >= count)]
     if outside.numel():
-        raise ValueError(
-            f"`{name}` (={int(outside[0])}) is out of range, the output has the classes 0 to {count - 1}"
-        )
+        raise ValueError(f"`{name}` (={int(outside[0])}) is out of range, the output has the classes 0 to {count - 1}")
     return chosen.long().expand(samples, *chosen.shape[1:])
 
 
@@ -119,7 +105,5 @@ def _at(output: Tensor, position: Any) -> Tensor:
         if isinstance(index, bool) or not isinstance(index, (int, slice)):
             raise TypeError(f"`target` (={position!r}) must consist of integers and slices")
         if isinstance(index, int) and not 0 <= index < size:
-            raise ValueError(
-                f"`target` (={position!r}) is out of range for an output of shape {tuple(output.shape)}"
-            )
+            raise ValueError(f"`target` (={position!r}) is out of range for an output of shape {tuple(output.shape)}")
     return output[(slice(None), *position)].flatten(1).sum(1) if output.ndim > 1 else output

@@ -120,9 +120,7 @@ def bcos_conv(
     if weight.ndim not in _CONVOLUTIONS:
         raise ValueError(f"`weight` has {weight.ndim} axes, a 1-d, 2-d or 3-d convolution needs 3, 4 or 5")
     if x.ndim not in (weight.ndim, weight.ndim - 1):
-        raise ValueError(
-            f"`x` has shape {tuple(x.shape)}, a {weight.ndim - 2}-d convolution needs {weight.ndim} axes"
-        )
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, a {weight.ndim - 2}-d convolution needs {weight.ndim} axes")
     if x.ndim == weight.ndim - 1:
         options: dict[str, Any] = {
             "stride": stride,
@@ -184,9 +182,7 @@ def patch_norm(
     """
     dims = x.ndim - 2
     if dims not in (1, 2, 3):
-        raise ValueError(
-            f"`x` has shape {tuple(x.shape)}, must have a batch, a channel and 1 to 3 spatial axes"
-        )
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, must have a batch, a channel and 1 to 3 spatial axes")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"`groups` (={groups}) must divide the {x.shape[1]} channels of `x`")
     kernel = _per_dimension(kernel_size, dims, "kernel_size")
@@ -248,9 +244,7 @@ def _window_sums(x: Tensor, axis: int, size: int, dilation: int, stride: int) ->
     """Sums over windows along one axis, by shifted slices: a box filter is separable, and has no weights to read."""
     span = dilation * (size - 1) + 1
     if x.shape[axis] < span:
-        raise ValueError(
-            f"`x` padded to {x.shape[axis]} along axis {axis} is smaller than the kernel's span {span}"
-        )
+        raise ValueError(f"`x` padded to {x.shape[axis]} along axis {axis} is smaller than the kernel's span {span}")
     stop = x.shape[axis] - span + 1
     index = (slice(None),) * axis
     total = x[(*index, slice(0, stop, stride))]

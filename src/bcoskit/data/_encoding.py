@@ -23,9 +23,7 @@ def encode(x: Tensor) -> Tensor:
         ValueError: If `x` has another number of dimensions, NaN, or values outside [0, 1] by more than 1e-6.
     """
     if not x.is_floating_point():
-        raise TypeError(
-            f"`x` has dtype {x.dtype}: convert it to float and divide by 255 for values in [0, 1]"
-        )
+        raise TypeError(f"`x` has dtype {x.dtype}: convert it to float and divide by 255 for values in [0, 1]")
     _check_dimensions(x)
     if x.numel():
         low, high = (bound.item() for bound in x.detach().aminmax())

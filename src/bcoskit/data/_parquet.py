@@ -177,9 +177,7 @@ def _holds_labels(column_type: "pa.DataType") -> bool:
 
     if pa.types.is_dictionary(column_type):
         return _holds_labels(column_type.value_type)
-    return any(
-        fits(column_type) for fits in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
-    )
+    return any(fits(column_type) for fits in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
 
 
 def _class_names(schema: "pa.Schema", column: str, path: Path) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from bcoskit.dynamic._mode import (
     explanation_mode,
     freeze,
 )
-from bcoskit.dynamic._rules import rule
+from bcoskit.dynamic.rules import rule
 
 __all__ = [
     "GATES",

@@ -15,8 +15,10 @@ from bcoskit.dynamic._places import Places
 
 # Piecewise linear operations with constant pieces: where the output is not the input, it is a constant.
 _SATURATING = frozenset(
-    ("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_", "hardtanh")
-    + ("hardtanh_", "relu6", "threshold", "threshold_", "maximum", "minimum", "fmax", "fmin", "max", "min")
+    """
+    clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ hardtanh hardtanh_ relu6 threshold threshold_
+    maximum minimum fmax fmin max min
+    """.split()
 )
 
 
@@ -96,9 +98,7 @@ class ConstantsMode(ExplanationMode):
         constant: Tensor,
     ) -> None:
         # An infinite constant (padding of a maximum) is never chosen: its gradient is 0.
-        constant = (
-            torch.where(torch.isfinite(constant), constant, 0) if constant.is_floating_point() else constant
-        )
+        constant = torch.where(torch.isfinite(constant), constant, 0) if constant.is_floating_point() else constant
         if not tensor.requires_grad or not bool(constant.any()):
             return
         name = self._responsible(func, args, kwargs, constant)
@@ -131,6 +131,9 @@ class ConstantsMode(ExplanationMode):
             }
         if names:
             return " · ".join(sorted(names))
+        number = self._places.name_of_number([value for value in (*args, *kwargs.values()) if isinstance(value, float)])
+        if number:
+            return number
         location, module = self._places.here()
         operation = name_of(func).rsplit(".", 1)[-1].strip("_")
         return f"{module}: {operation}" if module else f"{operation} ({location})"
@@ -138,9 +141,7 @@ class ConstantsMode(ExplanationMode):
 
 def _zeroed(tensor: Tensor, without: Tensor | None) -> Tensor:
     # A copy, since the operation may be one in place.
-    return (
-        torch.zeros_like(tensor) if tensor is without or depends_on_input(tensor) else tensor.detach().clone()
-    )
+    return torch.zeros_like(tensor) if tensor is without or depends_on_input(tensor) else tensor.detach().clone()
 
 
 def _saturates(func: Callable[..., Any]) -> bool:

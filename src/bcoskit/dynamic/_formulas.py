@@ -93,9 +93,7 @@ def normalize(
         return x
     if var is None:
         if all(x.shape[dim] == 1 for dim in dims):
-            raise ValueError(
-                f"`x` of shape {tuple(x.shape)} has one value per statistic, whose variance is 0"
-            )
+            raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, whose variance is 0")
         var = freeze(in_single_precision(x)).var(tuple(dims), correction=0, keepdim=True)
     scale = torch.rsqrt(var + eps)
     if weight is not None:

@@ -39,18 +39,19 @@ class Violation:
 _LINEAR = frozenset(
     """
     Abs Add AccumulateGrad AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
-    AffineGridGenerator Alias Amax Amin Aminmax AsStrided AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone Col2Im
-    Complex Conj ConjPhysical ConstantPadNd Copy CopyBackwards CopySlices Cummax Cummin Cumsum Diag DiagEmbed Diagonal
-    Expand FftC2C FftC2R FftR2C Flip Fmax Fmin FractionalMaxPool2D FractionalMaxPool3D Gather Hardshrink Hardtanh Im2Col
-    Imag Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce IndexSelect Kthvalue LeakyRelu Lift
-    LiftFresh LogicalNot MaskedFill MaskedScatter MaskedSelect Max MaxPool2DWithIndices MaxPool3DWithIndices
-    MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D Mode
-    NanToNum Nanmean Nanmedian Nansum NativeDropout Neg Permute PixelShuffle PixelUnshuffle PreluKernel Put Real
-    ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat RepeatInterleave ReplicationPad1D ReplicationPad2D
-    ReplicationPad3D ReshapeAlias ReshapeCopy Roll Rot90 RreluWithNoise Rsub Scatter ScatterAdd Select SelectScatter
-    Slice SliceScatter Sort Split SplitWithSizes Squeeze Stack Sub Sum T Take Threshold ToCopy Topk Trace Transpose
-    Tril Triu Unbind Unfold UnsafeSplit UnsafeSplitWithSizes UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBicubic2DAa
-    UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
+    AffineGridGenerator Alias Amax Amin Aminmax AsStrided AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone
+    Col2Im Complex Conj ConjPhysical ConstantPadNd Copy CopyBackwards CopySlices Cummax Cummin Cumsum Diag
+    DiagEmbed Diagonal Expand FftC2C FftC2R FftR2C Flip Fmax Fmin FractionalMaxPool2D FractionalMaxPool3D Gather
+    Hardshrink Hardtanh Im2Col Imag Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
+    IndexSelect Kthvalue LeakyRelu Lift LiftFresh LogicalNot MaskedFill MaskedScatter MaskedSelect Max
+    MaxPool2DWithIndices MaxPool3DWithIndices MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum
+    MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D Mode NanToNum Nanmean Nanmedian Nansum NativeDropout Neg Permute
+    PixelShuffle PixelUnshuffle PreluKernel Put Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat
+    RepeatInterleave ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias ReshapeCopy Roll Rot90
+    RreluWithNoise Rsub Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
+    Squeeze Stack Sub Sum T Take Threshold ToCopy Topk Trace Transpose Tril Triu Unbind Unfold UnsafeSplit
+    UnsafeSplitWithSizes UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D
+    UpsampleBilinear2DAa UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
     UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D View ViewAsComplex
     ViewAsReal Where
     """.split()
@@ -58,15 +59,9 @@ _LINEAR = frozenset(
 
 # Bilinear nodes: which of their inputs are factors, of which one at most may depend on the input …
 _FACTORS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(
-        ("Mul", "Mm", "Bmm", "Mv", "Dot", "Vdot", "LinalgCross", "LinalgVecdot", "Linear"), (0, 1)
-    ),
-    **dict.fromkeys(
-        ("Convolution", "MkldnnConvolution", "ConvolutionOverrideable", "SlowConvTranspose2D"), (0, 1)
-    ),
-    **dict.fromkeys(
-        ("ConvDepthwise2D", "SlowConvDilated2D", "ThnnConv2D", "ConvTbc", "MkldnnLinear"), (0, 1)
-    ),
+    **dict.fromkeys(("Mul", "Mm", "Bmm", "Mv", "Dot", "Vdot", "LinalgCross", "LinalgVecdot", "Linear"), (0, 1)),
+    **dict.fromkeys(("Convolution", "MkldnnConvolution", "ConvolutionOverrideable", "SlowConvTranspose2D"), (0, 1)),
+    **dict.fromkeys(("ConvDepthwise2D", "SlowConvDilated2D", "ThnnConv2D", "ConvTbc", "MkldnnLinear"), (0, 1)),
     **dict.fromkeys(("Addmm", "Baddbmm", "Addmv", "Addr", "Addbmm", "Addcmul"), (1, 2)),
     "Trilinear": (0, 1, 2),
 }
@@ -154,7 +149,7 @@ class LocatingMode(ExplanationMode):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             location, module = self._places.here()
             mark = Violation("", name_of(func), location, module)
-            stack = [output.grad_fn]
+            stack: list[Any] = [output.grad_fn]
             while stack:
                 node = stack.pop()
                 if node is not None and _LOCATION not in node.metadata:
@@ -165,6 +160,6 @@ class LocatingMode(ExplanationMode):
 
 def mark_as_input(start: Tensor) -> Tensor:
     """Say of a tensor with a graph of its own that the input of the explanation is here."""
-    assert start.grad_fn is not None
-    start.grad_fn.metadata["bcoskit_depends"] = True
+    node: Any = start.grad_fn
+    node.metadata["bcoskit_depends"] = True
     return start

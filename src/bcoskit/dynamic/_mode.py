@@ -123,7 +123,7 @@ Handler: TypeAlias = Callable[[ExplanationMode, Callable[..., Any], tuple[Any, .
 """What is called, with the mode off, in the place of an operation with live arguments."""
 
 RULES: dict[Callable[..., Any], Handler] = {}
-"""The one table of rules; `bcoskit.dynamic._rules` fills it."""
+"""The one table of rules; `bcoskit.dynamic.rules` fills it."""
 
 
 def explanation_mode(*, products: ProductPolicy = "split", create_graph: bool = False) -> ExplanationMode:

@@ -1,7 +1,7 @@
 """Where in a network an operation is called: file, line, and the path of the module."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,13 +26,25 @@ class Places:
 
     def here(self) -> tuple[str, str]:
         """`file.py:line` of the nearest caller outside torch and this package, and the nearest module's path."""
-        location, module = "", None
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and (not location or module is None):
+        location, path, _ = self._nearest()
+        return location, path
+
+    def name_of_number(self, values: Iterable[Any]) -> str:
+        """The path of the nearest module, with the attribute in which it keeps one of the values, if there is one."""
+        _, path, module = self._nearest()
+        attributes = vars(module) if module is not None else {}
+        kept = [name for name, value in attributes.items() if any(value is number for number in values)]
+        return f"{path}.{kept[0]}" if kept else ""
+
+    def _nearest(self) -> tuple[str, str, Any]:
+        location, path, module = "", None, None
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and (not location or path is None):
             file = frame.f_code.co_filename
             if not location and not file.startswith((_TORCH, _OURS)):
                 location = f"{Path(file).name}:{frame.f_lineno}"
-            if module is None:
-                module = self._paths.get(id(frame.f_locals.get("self")))
+            if path is None:
+                module = frame.f_locals.get("self")
+                path = self._paths.get(id(module))
             frame = frame.f_back
-        return location or "?", module or ""
+        return location or "?", path or "", module if path is not None else None

@@ -220,9 +220,7 @@ def _loaded(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Modu
                 f"{path}: `{key}` has shape {tuple(tensor.shape)}, the network needs {tuple(expected[key].shape)}"
             )
         if tensor.dtype.is_floating_point != expected[key].dtype.is_floating_point:
-            raise WeightsError(
-                f"{path}: `{key}` has dtype {tensor.dtype}, the network needs {expected[key].dtype}"
-            )
+            raise WeightsError(f"{path}: `{key}` has dtype {tensor.dtype}, the network needs {expected[key].dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{path}: `{key}` holds values that are not finite")
     model.load_state_dict(tensors)

@@ -41,8 +41,7 @@ class _BcosConv(BcosArguments):
     ) -> None:
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"`groups` (={groups}) must divide `in_channels` (={in_channels}) and "
-                f"`out_channels` (={out_channels})"
+                f"`groups` (={groups}) must divide `in_channels` (={in_channels}) and `out_channels` (={out_channels})"
             )
         arguments: tuple[Any, ...] = (kernel_size, stride, padding, dilation, groups, False, padding_mode)
         super().__init__(in_channels, out_channels * units(max_out), *arguments, device=device, dtype=dtype)

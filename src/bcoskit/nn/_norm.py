@@ -214,9 +214,7 @@ class _RunningNorm(_Norm):
     def _batch_statistics(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
         if count < 2:
-            raise ValueError(
-                f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more"
-            )
+            raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more")
         if self.centered and current_mode() is not None:
             raise NotLinearError(
                 "a centred norm with the statistics of the batch makes each output depend on all images; "

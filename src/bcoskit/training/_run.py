@@ -99,9 +99,7 @@ def train(
     if images["test"].classes != classes:
         raise ValueError(f"`data` (={data}) has other classes for testing than for training")
     if len(images["train"]) < batch_size:
-        raise ValueError(
-            f"`batch_size` (={batch_size}) is above the number of images, {len(images['train'])}"
-        )
+        raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(images['train'])}")
 
     network = create_model(model, num_classes=len(classes)).train()
     classifier = Classifier(
@@ -119,9 +117,7 @@ def train(
         max_epochs=epochs,
         logger=[CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard", "")],
         callbacks=[
-            ModelCheckpoint(
-                out / "checkpoints", "last", save_top_k=1, monitor=None, enable_version_counter=False
-            ),
+            ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, monitor=None, enable_version_counter=False),
             LearningRateMonitor("epoch"),
         ],
         log_every_n_steps=max(1, min(50, len(images["train"]) // batch_size)),
@@ -134,9 +130,7 @@ def train(
         DataLoader(images["test"], 4 * batch_size, collate_fn=default_convert),
     )
     trainer.fit(classifier, *loaders, ckpt_path=checkpoint, weights_only=True)
-    metrics = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test_")
-    }
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test_")}
     if trainer.is_global_zero:
         save_model(
             network,
@@ -155,13 +149,9 @@ def _checkpoint_to_resume(out: Path, settings: dict[str, Any], resume: bool) -> 
     if not checkpoint.is_file():
         return None
     if not resume:
-        raise ValueError(
-            f"`out` (={out}) holds a run already; go on with it by `resume`, or choose another folder"
-        )
+        raise ValueError(f"`out` (={out}) holds a run already; go on with it by `resume`, or choose another folder")
     if not written.is_file():
-        raise ValueError(
-            f"`out` (={out}) holds a checkpoint without settings.json, so that it cannot be resumed"
-        )
+        raise ValueError(f"`out` (={out}) holds a checkpoint without settings.json, so that it cannot be resumed")
     before = json.loads(written.read_text())
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
