@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit._explain import explain
+from bcoskit._explain import check_inputs, explain, untouched
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
@@ -67,10 +67,12 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
         TypeError: As `bcoskit.explain`.
         ValueError: As `bcoskit.explain`; also if `W(x)` is 0 altogether, where every audit would pass in vain.
     """
+    check_inputs(model, x)
     network, inputs = copy.deepcopy(model).double(), x.double()
     mode = LocatingMode(network, products)
-    with torch.enable_grad(), mode:
-        offenders = tuple(violations(network(inputs.detach().requires_grad_().clone())))
+    with untouched(x.device), mode:
+        start = mode.start_at(inputs.detach().requires_grad_().clone())
+        offenders = tuple(violations(network(start), mode))
     numeric = weights_gradient(network, inputs, products=products)
     if offenders:
         return AuditReport(offenders, numeric, float("nan"), {}, products)
@@ -95,7 +97,7 @@ def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductP
     Returns:
         The largest entry; NaN if an operation that is not frozen has no second derivative.
     """
-    with torch.enable_grad(), explanation_mode(products=products):
+    with untouched(x.device), explanation_mode(products=products):
         start = x.detach().clone().requires_grad_()
         output = model(start.clone())
         generator = torch.Generator().manual_seed(0)
@@ -104,7 +106,8 @@ def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductP
             if not weights.requires_grad:
                 return 0.0
             direction = torch.randn(weights.shape, generator=generator, dtype=weights.dtype).to(weights.device)
-            (gradient,) = torch.autograd.grad((weights * direction).sum(), start, allow_unused=True)
+            gradients: Any = torch.autograd.grad((weights * direction).sum(), start, allow_unused=True)
         except (RuntimeError, NotLinearError):
             return float("nan")
+    gradient: Tensor | None = gradients[0]
     return 0.0 if gradient is None else float(gradient.abs().max())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bcoskit._layers import run_between
 from bcoskit._targets import Target, Versus, picked, select
-from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
+from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._constants import ConstantsMode
-from bcoskit.dynamic._graph import LocatingMode, mark_as_input, violations
+from bcoskit.dynamic._graph import LocatingMode, Violation, violations
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -240,14 +240,17 @@ def explain(
         NotLinearError: If the network is not dynamic linear.
     """
     model = getattr(model, "_orig_mod", model)
-    _check(model, x)
+    check_inputs(model, x)
     layers = (from_layer, to_layer)
-    with _untouched(x.device), explanation_mode(products=products, create_graph=create_graph):
-        start, output = run_between(model, x, _entry(x, create_graph), *layers)
+    mode = explanation_mode(products=products, create_graph=create_graph)
+    with untouched(x.device), mode:
+        start, output = run_between(model, x, _entry(mode), *layers)
         _check_output(output, len(x))
         value, classes, others = select(output, target, versus)
-        _check_graph(value, model, x, layers, products)
-        weights = _weights(value, start, create_graph)
+        faults = tuple(violations(value, mode))
+        weights = None if faults else _weights(value, start, create_graph)
+    if weights is None:
+        raise _not_linear(model, x, layers, products, faults)
     constants = _shares(model, x, target if classes is None else classes, others, layers, products) if shares else None
     kept = _identity if create_graph else Tensor.detach
     return Explanation(
@@ -266,7 +269,8 @@ def explain(
 _Layers = tuple[str | None, str | None]
 
 
-def _check(model: Callable[..., Any], x: Tensor) -> None:
+def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
+    """Refuse a network or inputs of which an explanation would be wrong; raises as `explain`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
     if not isinstance(x, Tensor):
@@ -303,7 +307,7 @@ def _check_output(output: Tensor, samples: int) -> None:
 
 
 @contextmanager
-def _untouched(device: torch.device) -> Iterator[None]:
+def untouched(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off inside; random state afterwards as before."""
     # Restored only if the network drew numbers, so that other threads' random state is left alone.
     states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -321,28 +325,28 @@ def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _entry(x: Tensor, create_graph: bool) -> Callable[[Tensor], Tensor]:
+def _entry(mode: ExplanationMode) -> Callable[[Tensor], Tensor]:
     """What makes the start of an explanation out of an input: a copy, which the network may write to."""
 
     def enter(value: Tensor) -> Tensor:
-        if not create_graph or not value.requires_grad:
+        if not mode.create_graph or not value.requires_grad:
             value = value.detach().requires_grad_()
-        return mark_as_input(value.clone())
+        return mode.start_at(value.clone())
 
     return enter
 
 
-def _check_graph(value: Tensor, model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy) -> None:
-    """The graph audit; what it finds is looked for once more by a pass that notes places."""
-    if next(violations(value), None) is None:
-        return
+def _not_linear(
+    model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy, faults: tuple[Violation, ...]
+) -> NotLinearError:
+    """The error that names what the graph audit found, with the places that one more pass notes."""
     mode = LocatingMode(model, products)
-    with mode:
-        _, output = run_between(model, x.detach(), _entry(x, create_graph=False), *layers)
-        found = list(violations(output)) or list(violations(value))
-    listed = "; ".join(str(violation) for violation in found[:3])
-    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-    raise NotLinearError(
+    with untouched(x.device), mode:
+        _, output = run_between(model, x.detach(), _entry(mode), *layers)
+        located = tuple(violations(output, mode)) or faults
+    listed = "; ".join(str(violation) for violation in located[:3])
+    more = f"; and {len(located) - 3} more" if len(located) > 3 else ""
+    return NotLinearError(
         f"the network is not dynamic linear: {listed}{more}. Replace the operation, or register what is to be frozen "
         "in it with `bcoskit.rule`"
     )
@@ -387,9 +391,9 @@ def _shares(
     for index in range(len(x)):
         mode = ConstantsMode(model, products)
         sample = x[index : index + 1].detach()
-        with _untouched(x.device):
+        with untouched(x.device):
             with mode:
-                start, output = run_between(model, sample, _entry(x, create_graph=False), *layers)
+                start, output = run_between(model, sample, _entry(mode), *layers)
             chosen = target[index : index + 1] if isinstance(target, Tensor) else target
             value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
             several = value.ndim == 2

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, depends_on_input, name_of
+from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of
 from bcoskit.dynamic._places import Places
 
 # Piecewise linear operations with constant pieces: where the output is not the input, it is a constant.
@@ -52,7 +52,7 @@ class ConstantsMode(ExplanationMode):
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and listen for the gradient of its output if it has a constant."""
-        if not any(depends_on_input(tensor) for tensor in _tensors((args, kwargs))):
+        if not any(self.depends_on_input(tensor) for tensor in _tensors((args, kwargs))):
             output = super().natural(func, args, kwargs)
             names = sorted(
                 {self._names[id(tensor)] for tensor in _tensors((args, kwargs)) if id(tensor) in self._names}
@@ -84,7 +84,13 @@ class ConstantsMode(ExplanationMode):
         without: Tensor | None = None,
     ) -> list[Tensor]:
         """The operation's outputs with 0 in the place of every live argument (and of one named constant)."""
-        arguments, keywords = _map((args, kwargs), lambda tensor: _zeroed(tensor, without))
+
+        def zeroed(tensor: Tensor) -> Tensor:
+            # A copy, since the operation may be one in place.
+            zero = tensor is without or self.depends_on_input(tensor)
+            return torch.zeros_like(tensor) if zero else tensor.detach().clone()
+
+        arguments, keywords = _map((args, kwargs), zeroed)
         with torch.no_grad():
             output = func(*arguments, **keywords)
         return list(_tensors(arguments[0] if output is None else output))
@@ -137,11 +143,6 @@ class ConstantsMode(ExplanationMode):
         location, module = self._places.here()
         operation = name_of(func).rsplit(".", 1)[-1].strip("_")
         return f"{module}: {operation}" if module else f"{operation} ({location})"
-
-
-def _zeroed(tensor: Tensor, without: Tensor | None) -> Tensor:
-    # A copy, since the operation may be one in place.
-    return torch.zeros_like(tensor) if tensor is without or depends_on_input(tensor) else tensor.detach().clone()
 
 
 def _saturates(func: Callable[..., Any]) -> bool:

@@ -75,13 +75,14 @@ _FIXED: dict[str, tuple[int, ...]] = {
 }
 
 
-def violations(output: Tensor) -> Iterator[Violation]:
+def violations(output: Tensor, mode: ExplanationMode) -> Iterator[Violation]:
     """The graph audit: every operation behind an output that is not linear in the input.
 
     The output must come from inside `explanation_mode`, where parameters are constants.
 
     Args:
         output: Any tensor with a graph.
+        mode: The mode in which it was computed.
 
     Yields:
         The violations, from the output towards the input.
@@ -93,7 +94,7 @@ def violations(output: Tensor) -> Iterator[Violation]:
         if node is None or node in seen or node.name() == FREEZE_NODE:
             continue
         seen.add(node)
-        reason = _fault(node)
+        reason = _fault(node, mode.marked)
         if reason is not None:
             yield _violation(node, reason)
         stack.extend(parent for parent, _ in node.next_functions)
@@ -105,23 +106,23 @@ def _kind(node: Any) -> str:
     return re.sub(r"Backward(\d*)$", "", name) if not name.startswith("CopyBackwards") else name
 
 
-def _fault(node: Any) -> str | None:
+def _fault(node: Any, marked: bool) -> str | None:
     kind = _kind(node)
     if kind in _LINEAR:
         return None
     parents = [parent for parent, _ in node.next_functions]
     if kind in _FACTORS:
-        live = sum(_depends(parents[slot]) for slot in _FACTORS[kind] if slot < len(parents))
+        live = sum(_depends(parents[slot], marked) for slot in _FACTORS[kind] if slot < len(parents))
         return None if live < 2 else f"multiplies {live} factors that depend on the input"
     if kind in _FIXED:
-        live = any(_depends(parents[slot]) for slot in _FIXED[kind] if slot < len(parents))
+        live = any(_depends(parents[slot], marked) for slot in _FIXED[kind] if slot < len(parents))
         return "has a divisor, weight or grid that depends on the input" if live else None
     # With `create_graph` constants have a graph too; what does not lead to the input is one.
-    return "is not known to be linear in the input" if node_depends_on_input(node) else None
+    return "is not known to be linear in the input" if node_depends_on_input(node, marked) else None
 
 
-def _depends(node: Any) -> bool:
-    return node is not None and node_depends_on_input(node)
+def _depends(node: Any, marked: bool) -> bool:
+    return node is not None and node_depends_on_input(node, marked)
 
 
 def _violation(node: Any, reason: str) -> Violation:
@@ -156,10 +157,3 @@ class LocatingMode(ExplanationMode):
                     node.metadata[_LOCATION] = mark
                     stack.extend(parent for parent, _ in node.next_functions)
         return output
-
-
-def mark_as_input(start: Tensor) -> Tensor:
-    """Say of a tensor with a graph of its own that the input of the explanation is here."""
-    node: Any = start.grad_fn
-    node.metadata["bcoskit_depends"] = True
-    return start

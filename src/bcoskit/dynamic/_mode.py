@@ -32,6 +32,8 @@ class _FreezeFunction(torch.autograd.Function):
 
 
 FREEZE_NODE = "_FreezeFunctionBackward"
+# Notes in the metadata of graph nodes: what depends on any input, and on the one that was marked.
+_DEPENDS = {False: "bcoskit_depends", True: "bcoskit_depends_on_marked"}
 
 
 class ExplanationMode(TorchFunctionMode):
@@ -47,6 +49,7 @@ class ExplanationMode(TorchFunctionMode):
         super().__init__()
         self.products: ProductPolicy = products
         self.create_graph = create_graph
+        self.marked = False
         self._depth = 0
         self._frozen_parameters: dict[int, Tensor] = {}
 
@@ -72,6 +75,30 @@ class ExplanationMode(TorchFunctionMode):
             return _FreezeFunction.apply(tensor, self) if tensor.requires_grad else tensor
         return tensor.detach()
 
+    def start_at(self, tensor: Tensor) -> Tensor:
+        """Say that the input is this tensor, which has a graph of its own, and no other leaf."""
+        node: Any = tensor.grad_fn
+        node.metadata[_DEPENDS[True]] = True
+        self.marked = True
+        return tensor
+
+    def depends_on_input(self, value: Any) -> bool:
+        """Whether a gradient path leads from the value to the input, past no frozen factor.
+
+        Unless `start_at` has said what the input is, it is every leaf that is not a parameter.
+        """
+        if not isinstance(value, Tensor):
+            return False
+        if _has_tangent(value):
+            return True
+        if not value.requires_grad:
+            return False
+        if torch.compiler.is_compiling():
+            return not isinstance(value, torch.nn.Parameter)
+        if value.grad_fn is None:
+            return not self.marked and not isinstance(value, torch.nn.Parameter)
+        return node_depends_on_input(value.grad_fn, self.marked)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -90,7 +117,7 @@ class ExplanationMode(TorchFunctionMode):
 
     def _any_live(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         # With `create_graph` frozen factors require gradients too, so that only their graph tells them apart.
-        test = depends_on_input if self.create_graph else requires_gradient
+        test = self.depends_on_input if self.create_graph else requires_gradient
         return _any_tensor(args, test) or _any_tensor(kwargs.values(), test)
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,43 +206,26 @@ def freeze(tensor: Tensor) -> Tensor:
     return tensor if mode is None else mode.freeze(tensor)
 
 
-def depends_on_input(value: Any) -> bool:
-    """Whether a gradient path leads from the value to a leaf that is not a parameter, past no frozen factor."""
-    if not isinstance(value, Tensor):
-        return False
-    if _has_tangent(value):
-        return True
-    if not value.requires_grad:
-        return False
-    if torch.compiler.is_compiling() or value.grad_fn is None:
-        return not isinstance(value, torch.nn.Parameter)
-    return node_depends_on_input(value.grad_fn)
-
-
-def node_depends_on_input(root: Any) -> bool:
-    """As `depends_on_input`, for a node of the autograd graph; remembered in the nodes' metadata."""
+def node_depends_on_input(root: Any, marked: bool) -> bool:
+    """As `ExplanationMode.depends_on_input`, for a node of the graph; remembered in the nodes' metadata."""
+    key = _DEPENDS[marked]
     stack = [root]
     while stack:
         node = stack[-1]
-        if "bcoskit_depends" in node.metadata:
-            stack.pop()
-            continue
-        if node.name() == FREEZE_NODE:
-            node.metadata["bcoskit_depends"] = False
-            continue
-        if hasattr(node, "variable"):
-            node.metadata["bcoskit_depends"] = not isinstance(node.variable, torch.nn.Parameter)
-            continue
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        pending = [parent for parent in parents if "bcoskit_depends" not in parent.metadata]
-        if pending:
+        pending = [parent for parent in parents if key not in parent.metadata]
+        if key in node.metadata:
+            stack.pop()
+        elif node.name() == FREEZE_NODE:
+            node.metadata[key] = False
+        elif hasattr(node, "variable"):
+            node.metadata[key] = not marked and not isinstance(node.variable, torch.nn.Parameter)
+        elif pending:
             stack.extend(pending)
         else:
             # A node without parents is opaque (a functorch wrapper's): it requires a gradient, so it depends.
-            node.metadata["bcoskit_depends"] = not parents or any(
-                parent.metadata["bcoskit_depends"] for parent in parents
-            )
-    return bool(root.metadata["bcoskit_depends"])
+            node.metadata[key] = not parents or any(parent.metadata[key] for parent in parents)
+    return bool(root.metadata[key])
 
 
 def name_of(func: Callable[..., Any]) -> str:

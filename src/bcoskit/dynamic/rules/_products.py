@@ -10,7 +10,6 @@ from bcoskit.dynamic._mode import (
     ExplanationMode,
     Handler,
     NotLinearError,
-    depends_on_input,
     name_of,
     requires_gradient,
 )
@@ -55,7 +54,7 @@ def _product(
     values: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
     live = [slot for slot in factors if requires_gradient(values[slot])]
     if len(live) > 1:
-        live = [slot for slot in live if depends_on_input(values[slot])]
+        live = [slot for slot in live if mode.depends_on_input(values[slot])]
     if len(live) < 2:
         return mode.natural(func, args, kwargs)
     if mode.products == "error":
