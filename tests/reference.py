@@ -69,9 +69,7 @@ def _sizes(value: Sizes, dimensions: int) -> tuple[int, ...]:
     return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
-def _margins(
-    padding: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[tuple[int, int]]:
+def _margins(padding: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
     """What is added before and after each spatial axis; an odd rest of "same" goes to the end."""
     if padding == "valid":
         return [(0, 0) for _ in kernel]
@@ -136,9 +134,7 @@ def patch_norm(
     eps: float = 1e-6,
 ) -> Tensor:
     """sqrt(S + eps), S the sum of squares over receptive field and group: (N, groups, *out)."""
-    fields = patches(
-        x, kernel_size, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
-    )
+    fields = patches(x, kernel_size, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode)
     squares = fields.unflatten(1, (groups, -1)) ** 2
     return (squares.sum(dim=(2, *range(-len(kernel_size), 0))) + eps).sqrt()
 
@@ -210,9 +206,7 @@ def conv(
     kernel = tuple(weight.shape[2:])
 
     def fields_of(values: Tensor) -> Tensor:
-        return patches(
-            values, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
-        )
+        return patches(values, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode)
 
     def flat(values: Tensor, group: int) -> Tensor:
         """(N·positions, channels of the group · kernel elements)."""
@@ -301,9 +295,7 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 # Attention
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
-) -> Summary:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Summary:
     """softmax(q kᵀ·scale + mask) v for (N, H, L, D), query by query; linear in v alone."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     elements = torch.arange(v.numel()).reshape(v.shape)

@@ -171,9 +171,7 @@ def test_the_epsilons_decide_for_small_inputs(b: float, size: float) -> None:
 def test_patch_norm_by_hand() -> None:
     x = torch.tensor([[[3.0, 4.0, 0.0], [0.0, 0.0, 12.0]]])
     torch.testing.assert_close(F.patch_norm(x, 2, eps=0.0), torch.tensor([[[5.0, 160**0.5]]]))
-    torch.testing.assert_close(
-        F.patch_norm(x, 2, groups=2, eps=0.0), torch.tensor([[[5.0, 4.0], [0.0, 12.0]]])
-    )
+    torch.testing.assert_close(F.patch_norm(x, 2, groups=2, eps=0.0), torch.tensor([[[5.0, 4.0], [0.0, 12.0]]]))
     torch.testing.assert_close(F.patch_norm(torch.zeros(1, 1, 2), 1), torch.full((1, 1, 2), 1e-3))
     edge = F.patch_norm(x, 2, padding=1, stride=3, eps=0.0, padding_mode="replicate")
     torch.testing.assert_close(edge, torch.tensor([[[18**0.5, 288**0.5]]]))
@@ -212,8 +210,7 @@ def test_b_may_be_a_tensor() -> None:
         filters = weight[:, : 4 // groups]
         actual = F.bcos_conv(x, filters, b=exponent, groups=groups)
         expected = [
-            reference.conv(x, filters, b=b, groups=groups).output[:, o]
-            for o, b in enumerate(exponent.tolist())
+            reference.conv(x, filters, b=b, groups=groups).output[:, o] for o, b in enumerate(exponent.tolist())
         ]
         # At 2 a tensor keeps the second epsilon that a number drops.
         assert_exact(actual[:, [0, 1, 3]], torch.stack([expected[o] for o in (0, 1, 3)], dim=1))
@@ -361,9 +358,7 @@ def test_normalize(center: bool, dims: tuple[int, ...], kind: reference.NormKind
 
     def normalize(x: Tensor) -> Tensor:
         shape = (1, 4, 1, 1)
-        return F.normalize(
-            x, dims, center=center, weight=weight.reshape(shape), bias=bias.reshape(shape), eps=0.1
-        )
+        return F.normalize(x, dims, center=center, weight=weight.reshape(shape), bias=bias.reshape(shape), eps=0.1)
 
     expected = reference.norm(x, kind, centered=center, weight=weight, bias=bias, eps=0.1)
     assert_exact(normalize(x), expected.output)
@@ -396,9 +391,7 @@ def test_attention(scale: float | None, mask: str | None) -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     with explanation_mode():
         output = F.attention(*leaves, mask=given_mask, scale=scale)
-        weights = gradient_rows(
-            lambda v: F.attention(leaves[0], leaves[1], v, mask=given_mask, scale=scale), v
-        )
+        weights = gradient_rows(lambda v: F.attention(leaves[0], leaves[1], v, mask=given_mask, scale=scale), v)
     assert_exact(output.detach(), expected.output)
     assert_exact(weights, expected.weights)
     frozen = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
@@ -515,9 +508,7 @@ def test_vectors_that_do_not_fit() -> None:
         (3, {"padding_mode": "mirror"}, r"`padding_mode` \(='mirror'\)"),
     ],
 )
-def test_a_patch_norm_that_does_not_fit(
-    kernel: int | tuple[int, ...], options: dict[str, Any], message: str
-) -> None:
+def test_a_patch_norm_that_does_not_fit(kernel: int | tuple[int, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message):
         F.patch_norm(torch.zeros(1, 4, 5, 5), kernel, **options)
 

@@ -180,9 +180,7 @@ def test_chosen_channels_are_shown_and_all_are_normalised() -> None:
     percentile=st.floats(0, 100),
 )
 @settings(max_examples=30, deadline=None)
-def test_any_shape(
-    batch: list[int], half: int, height: int, width: int, smooth: int, percentile: float
-) -> None:
+def test_any_shape(batch: list[int], half: int, height: int, width: int, smooth: int, percentile: float) -> None:
     weights, x = example(2 * half, height, width, batch=batch)
     rgb = (0, half - 1, half // 2)
     picture = viz.color_picture(weights, x=x, smooth=smooth, percentile=percentile, rgb=rgb)
@@ -318,9 +316,7 @@ def test_contribution_map_is_matplotlibs(percentile: float, limit: float | None,
     np.testing.assert_allclose(picture, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "mistake", [{"percentile": 100}, {"limit": 2.0}, {"table": "seismic"}, {"table": "bwr_r"}]
-)
+@pytest.mark.parametrize("mistake", [{"percentile": 100}, {"limit": 2.0}, {"table": "seismic"}, {"table": "bwr_r"}])
 def test_contribution_map_differs_from_wrong_formulas(mistake: dict[str, Any]) -> None:
     contributions = example_map(40, 30)
     wrong = reference_contribution_map(contributions.numpy(), **mistake)
@@ -416,9 +412,7 @@ def test_overlay_of_a_map_and_grey() -> None:
     plain = viz.overlay(image, maps)
     np.testing.assert_allclose(plain, 0.3 * image.numpy() + 0.7 * maps, atol=1e-6)
     grey = image.numpy() @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(
-        viz.overlay(image, maps, grey=True), 0.3 * grey[..., None] + 0.7 * maps, atol=1e-6
-    )
+    np.testing.assert_allclose(viz.overlay(image, maps, grey=True), 0.3 * grey[..., None] + 0.7 * maps, atol=1e-6)
     np.testing.assert_allclose(viz.overlay(image, maps, opacity=0), image, atol=0)
     np.testing.assert_allclose(viz.overlay(image, maps, opacity=1), maps, atol=0)
 

@@ -173,9 +173,7 @@ class TestParquetImages:
         path = write(tmp_path / "x.parquet", {"img": structs, "label": [0, 0]})
         with pytest.raises(ImageError, match="'img' lacks 1 of 2 values"):
             ParquetImages(path)
-        path = write(
-            tmp_path / "y.parquet", {"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
-        )
+        path = write(tmp_path / "y.parquet", {"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
         with pytest.raises(ImageError, match="no images"):
             ParquetImages(path)
 
@@ -222,9 +220,7 @@ class TestParquetImages:
         with pytest.raises(ImageError, match="no readable parquet file"):
             ParquetImages(tmp_path / "empty.parquet")
 
-    @pytest.mark.parametrize(
-        "metadata", ["{", "{}", '{"info": {"features": []}}', '{"info": {"features": {}}}']
-    )
+    @pytest.mark.parametrize("metadata", ["{", "{}", '{"info": {"features": []}}', '{"info": {"features": {}}}'])
     def test_bad_metadata(self, metadata, tmp_path):
         table = pa.table({"img": [png(1)], "label": [0]}).replace_schema_metadata({"huggingface": metadata})
         pq.write_table(table, tmp_path / "x.parquet")
@@ -408,6 +404,4 @@ class TestRealData:
         few = ImageDataset([dataset[index][0] for index in range(64)], dataset.labels[:64], dataset.classes)
         images = in_memory(few).images
         assert images.shape == (64, 3, 32, 32)
-        torch.testing.assert_close(
-            images[3] / 255, torchvision.transforms.functional.to_tensor(dataset[3][0])
-        )
+        torch.testing.assert_close(images[3] / 255, torchvision.transforms.functional.to_tensor(dataset[3][0]))

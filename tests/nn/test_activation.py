@@ -64,9 +64,7 @@ def test_every_precision(name: str, dtype: torch.dtype) -> None:
     assert output[2] == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["gelu", "gelu_tanh", "silu", "hardswish", "mish", "tanh", "softsign", "relu"]
-)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "hardswish", "mish", "tanh", "softsign", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_large_inputs(name: str, dtype: torch.dtype) -> None:
     x = torch.tensor([-1000.0, -60.0, 60.0, 1000.0], dtype=dtype, requires_grad=True)
@@ -105,9 +103,7 @@ def test_sigmoid_gate_of_its_own_input() -> None:
         assert_exact(gradient_rows(squeeze, x), weights)
 
 
-@pytest.mark.parametrize(
-    "layer", [GELU(), GELU("tanh"), SiLU(), Hardswish(), Mish(), Gate("tanh"), SigmoidGate()]
-)
+@pytest.mark.parametrize("layer", [GELU(), GELU("tanh"), SiLU(), Hardswish(), Mish(), Gate("tanh"), SigmoidGate()])
 def test_state(layer: nn.Module) -> None:
     assert layer.state_dict() == {}
     x = (values(2, 3),) * (2 if isinstance(layer, SigmoidGate) else 1)

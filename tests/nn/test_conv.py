@@ -148,9 +148,7 @@ def test_autocast_keeps_the_norm_precise() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype=dtype):
             output = layer(x)
-        torch.testing.assert_close(
-            output.float(), layer(x), rtol=0.03, atol=0.01 * layer(x).abs().max().item()
-        )
+        torch.testing.assert_close(output.float(), layer(x), rtol=0.03, atol=0.01 * layer(x).abs().max().item())
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -185,9 +183,7 @@ def test_learnable_b(groups: int, b: Tensor) -> None:
         change = torch.zeros_like(numeric)
         change[index] = step
         change = change.reshape(layer.b.shape)
-        up, down = (
-            torch.func.functional_call(layer, {"b": layer.b + sign * change}, (x,)).sum() for sign in (1, -1)
-        )
+        up, down = (torch.func.functional_call(layer, {"b": layer.b + sign * change}, (x,)).sum() for sign in (1, -1))
         numeric[index] = (up - down).detach() / (2 * step)
     torch.testing.assert_close(layer.b.grad.reshape(-1), numeric, rtol=1e-7, atol=1e-8)
     assert torch.count_nonzero(numeric) == layer.b.numel()
@@ -260,9 +256,7 @@ def test_copies(b: float | Tensor) -> None:
 def test_repr() -> None:
     text = repr(BcosConv2d(4, 6, 3, b=2.5, max_out=3, groups=2, padding=1, padding_mode="reflect"))
     assert text.startswith("BcosConv2d(4, 6, kernel_size=(3, 3)")
-    assert all(
-        part in text for part in ("b=2.5", "max_out=3", "groups=2", "bias=False", "padding_mode=reflect")
-    )
+    assert all(part in text for part in ("b=2.5", "max_out=3", "groups=2", "bias=False", "padding_mode=reflect"))
     assert "scale" not in text
     text = repr(BcosConv1d(4, 6, 3, b=torch.tensor(2.0), normalize_weight=False, scale=0.5))
     assert all(part in text for part in ("b=learnable", "normalize_weight=False", "scale=0.5"))
@@ -344,9 +338,7 @@ def test_parity_with_the_authors(b: float, arguments: dict[str, Any]) -> None:
     official.linear.load_state_dict({"weight": weight})
     layer, x = layer_of(weight, b=b, **arguments), values(2, 4, 6, 5)
     torch.testing.assert_close(layer(x), official(x), rtol=0, atol=1e-10)
-    torch.testing.assert_close(
-        combined_gradient(layer, x), combined_gradient(official, x), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(combined_gradient(layer, x), combined_gradient(official, x), rtol=0, atol=1e-10)
     official.set_explanation_mode(True)
     with explanation_mode():
         weights = combined_gradient(layer, x)

@@ -41,9 +41,7 @@ def test_a_bias_of_zero_stays_zero() -> None:
     assert ClassifierHead(4, 10, logit_bias=0.0)(torch.zeros(1, 4, 2, 2)).tolist() == [[0.0] * 10]
 
 
-@pytest.mark.parametrize(
-    ("temperature", "bias"), [(None, -math.log(999)), (1e-3, math.log(0.01 / 0.99)), (10, None)]
-)
+@pytest.mark.parametrize(("temperature", "bias"), [(None, -math.log(999)), (1e-3, math.log(0.01 / 0.99)), (10, None)])
 def test_constants_in_every_precision(temperature: float | None, bias: float | None) -> None:
     """A constant is as precise as the activations, whatever the layer was converted to before."""
     x = values(2, 3)
@@ -75,9 +73,7 @@ def test_a_constant_survives_the_meta_device() -> None:
     """A network may be made without memory and filled from a checkpoint, which holds no constants."""
     with torch.device("meta"):
         layer = LogitLayer(0.5, -3.0)
-    assert_exact(
-        layer.to_empty(device="cpu")(torch.zeros(2, dtype=torch.float64)), torch.full((2,), -3.0).double()
-    )
+    assert_exact(layer.to_empty(device="cpu")(torch.zeros(2, dtype=torch.float64)), torch.full((2,), -3.0).double())
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
@@ -92,9 +88,7 @@ def test_bias_out_of_range(bias: float) -> None:
         LogitLayer(bias=bias)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "bias"), [(None, None), (0.5, None), (None, -math.log(9)), (10.0, 1.5)]
-)
+@pytest.mark.parametrize(("temperature", "bias"), [(None, None), (0.5, None), (None, -math.log(9)), (10.0, 1.5)])
 def test_parity_with_the_authors(temperature: float | None, bias: float | None) -> None:
     official = pytest.importorskip("bcos.modules").LogitLayer(logit_temperature=temperature, logit_bias=bias)
     x = values(2, 3)

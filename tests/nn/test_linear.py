@@ -117,9 +117,7 @@ def test_learnable_b(b: Tensor) -> None:
         change = torch.zeros(layer.b.numel(), dtype=torch.float64)
         change[index] = step
         change = change.reshape(layer.b.shape)
-        up, down = (
-            torch.func.functional_call(layer, {"b": layer.b + sign * change}, (x,)).sum() for sign in (1, -1)
-        )
+        up, down = (torch.func.functional_call(layer, {"b": layer.b + sign * change}, (x,)).sum() for sign in (1, -1))
         numeric.data.view(-1)[index] = (up - down).detach() / (2 * step)
     torch.testing.assert_close(layer.b.grad, numeric.detach(), rtol=1e-7, atol=1e-9)
     assert torch.count_nonzero(layer.b.grad) == layer.b.numel()
@@ -177,9 +175,7 @@ def test_copies(b: float | Tensor) -> None:
 
 def test_repr() -> None:
     text = repr(BcosLinear(5, 4, b=2.5, max_out=3))
-    assert all(
-        part in text for part in ("in_features=5", "out_features=4", "bias=False", "b=2.5", "max_out=3")
-    )
+    assert all(part in text for part in ("in_features=5", "out_features=4", "bias=False", "b=2.5", "max_out=3"))
     assert "scale" not in text
     text = repr(BcosLinear(5, 4, b=torch.tensor(2.0), normalize_weight=False, scale=0.5))
     assert all(part in text for part in ("b=learnable", "normalize_weight=False", "scale=0.5"))

@@ -63,9 +63,7 @@ def test_output(kind: reference.NormKind, centered: bool, dims: int, scale: bool
     assert_exact(norm(x).detach(), expected.output)
     for other in (set(NORMS) - {kind}) if dims > 1 else ():
         with pytest.raises(AssertionError):
-            assert_exact(
-                norm(x).detach(), reference.norm(x, other, centered=centered, eps=0.01, **affine(norm)).output
-            )
+            assert_exact(norm(x).detach(), reference.norm(x, other, centered=centered, eps=0.01, **affine(norm)).output)
 
 
 @kinds
@@ -125,9 +123,7 @@ def test_gradcheck(kind: reference.NormKind, centered: bool) -> None:
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-        return torch.func.functional_call(
-            norm, {**dict(zip(names, parameters, strict=True)), **buffers}, (x,)
-        )
+        return torch.func.functional_call(norm, {**dict(zip(names, parameters, strict=True)), **buffers}, (x,))
 
     for training in (True, False):
         norm.train(training)
@@ -152,9 +148,7 @@ def test_running_statistics(kind: reference.NormKind, centered: bool, momentum: 
         count = members.shape[1]
         # The authors' uncentred norms track the population variance and leave the mean alone.
         mean = (1 - rate) * mean + rate * members.mean(1) * centered
-        var = (1 - rate) * var + rate * members.var(1, correction=0) * (
-            count / (count - 1) if centered else 1
-        )
+        var = (1 - rate) * var + rate * members.var(1, correction=0) * (count / (count - 1) if centered else 1)
         assert norm.num_batches_tracked.item() == step
     assert_exact(norm.running_mean, mean)
     assert_exact(norm.running_var, var)
@@ -226,9 +220,7 @@ def test_state(kind: reference.NormKind, scale: bool, bias: bool) -> None:
     norm = NORMS[kind](4, scale=scale, bias=bias)
     size = 1 if kind == "all" else 4
     keys = {name for name, present in (("weight", scale), ("bias", bias)) if present}
-    assert {name: tuple(value.shape) for name, value in norm.named_parameters()} == dict.fromkeys(
-        keys, (size,)
-    )
+    assert {name: tuple(value.shape) for name, value in norm.named_parameters()} == dict.fromkeys(keys, (size,))
     if kind in RUNNING:
         keys |= {"running_mean", "running_var", "num_batches_tracked"}
     assert set(norm.state_dict()) == keys
@@ -369,9 +361,7 @@ def test_parity_with_the_authors(kind: reference.NormKind, centered: bool) -> No
 @kinds
 @both
 @pytest.mark.parametrize("training", [False, True])
-def test_parity_of_explanations_with_the_authors(
-    kind: reference.NormKind, centered: bool, training: bool
-) -> None:
+def test_parity_of_explanations_with_the_authors(kind: reference.NormKind, centered: bool, training: bool) -> None:
     if kind in RUNNING and centered and training:
         pytest.skip("refused by both")
     official, norm = official_norm(kind, centered), norm_of(kind, centered=centered, bias=True)

@@ -58,7 +58,11 @@ def _cifar_rows(depth: int) -> tuple[ModelRow, ModelRow]:
     )
 
 
+# Weights in the package, and their top-1 accuracy.
+_TRAINED = {"resnet20.bcos_cifar10": ("resnet20.bcos_cifar10.safetensors", None)}
 _ROWS = {row.name: row for depth in DEPTHS for row in _cifar_rows(depth)}
+for _name, (_file, _accuracy) in _TRAINED.items():
+    _ROWS[_name] = replace(_ROWS[_name], weights=_file, accuracy=_accuracy)
 
 
 def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
