@@ -45,8 +45,10 @@ def run_between(
         starts.append(enter(_tensor(output, f"`from_layer` (={from_layer!r})")))
         return starts[-1]
 
-    def end_here(output: Any) -> None:
+    def end_here(output: Any) -> Tensor:
+        # The network goes on with a copy, since it may write to it.
         ends.append(_tensor(output, f"`to_layer` (={to_layer!r})"))
+        return ends[-1].clone()
 
     if to_layer is not None:
         model = _with_report(model, to_layer, "to_layer", end_here)
@@ -68,7 +70,7 @@ def _tensor(value: Any, what: str) -> Tensor:
     return value
 
 
-def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor | None]) -> nn.Module:
+def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor]) -> nn.Module:
     """A copy of the network in which the layer at the path hands its output to `report`, and may get another back."""
     names = path.split(".") if path else []
     copy = module = _shallow_copy(root)

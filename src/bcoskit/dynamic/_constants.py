@@ -4,20 +4,20 @@
 `⟨∂output/∂y, c⟩`. The constants are evaluated, not derived from W, so that the sum is a test of W.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of
+from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of, tensors_in
 from bcoskit.dynamic._places import Places
 
 # Piecewise linear operations with constant pieces: where the output is not the input, it is a constant.
 _SATURATING = frozenset(
     """
     clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ hardtanh hardtanh_ relu6 threshold threshold_
-    maximum minimum fmax fmin max min
+    maximum minimum fmax fmin
     """.split()
 )
 
@@ -52,24 +52,29 @@ class ConstantsMode(ExplanationMode):
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and listen for the gradient of its output if it has a constant."""
-        if not any(self.depends_on_input(tensor) for tensor in _tensors((args, kwargs))):
+        if not any(self.depends_on_input(tensor) for tensor in tensors_in((args, kwargs))):
             output = super().natural(func, args, kwargs)
             names = sorted(
-                {self._names[id(tensor)] for tensor in _tensors((args, kwargs)) if id(tensor) in self._names}
+                {self._names[id(tensor)] for tensor in tensors_in((args, kwargs)) if id(tensor) in self._names}
             )
-            for tensor in _tensors(output) if names else ():
+            for tensor in tensors_in(output) if names else ():
                 self._name(tensor, " · ".join(names))
             return output
         before = self._at_zero(func, args, kwargs)
-        kept = args[0].detach().clone() if _saturates(func) else None
+        kept = args[0].detach().clone() if _saturates(func, args, kwargs) else None
         output = super().natural(func, args, kwargs)
-        # An operation in place has its result in its first argument.
-        outputs = list(_tensors(args[0] if output is None else output))
-        for tensor, constant in zip(outputs, before, strict=False):
+        constants = iter(before)
+
+        def listen(tensor: Tensor) -> Tensor:
+            constant = next(constants)
             if kept is not None:
                 constant = torch.where(tensor.detach() == kept, 0, tensor.detach())
-            self._listen(func, args, kwargs, tensor, constant)
-        return output
+            return self._listen(func, args, kwargs, tensor, constant)
+
+        if output is None:  # as of `x[...] = y`, whose result is its first argument
+            listen(args[0])
+            return None
+        return _map(output, listen)
 
     def _name(self, tensor: Tensor, name: str) -> None:
         self._names[id(tensor)] = name
@@ -93,7 +98,7 @@ class ConstantsMode(ExplanationMode):
         arguments, keywords = _map((args, kwargs), zeroed)
         with torch.no_grad():
             output = func(*arguments, **keywords)
-        return list(_tensors(arguments[0] if output is None else output))
+        return list(tensors_in(arguments[0] if output is None else output))
 
     def _listen(
         self,
@@ -102,32 +107,38 @@ class ConstantsMode(ExplanationMode):
         kwargs: dict[str, Any],
         tensor: Tensor,
         constant: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        """Collect the constant's share when a gradient arrives; the tensor with which the network goes on."""
         # An infinite constant (padding of a maximum) is never chosen: its gradient is 0.
         constant = torch.where(torch.isfinite(constant), constant, 0) if constant.is_floating_point() else constant
         if not tensor.requires_grad or not bool(constant.any()):
-            return
+            return tensor
         name = self._responsible(func, args, kwargs, constant)
+        listened = tensor
         if tensor._is_view() and _is_in_place(func):
             # The gradient of a view that was written to arrives at its base.
             base = tensor._base
             assert base is not None
             whole = torch.zeros_like(base)
             whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(constant)
-            tensor, constant = base, whole
+            listened, constant = base, whole
+        elif tensor._is_view():
+            # A new value that is a view of a hidden one: if written to, it would lose its hook.
+            listened = tensor = tensor.clone()
         self._kept.append(constant)
 
         def collect(gradient: Tensor) -> None:
             share = (gradient * constant).sum()
             self.shares[name] = self.shares[name] + share if name in self.shares else share
 
-        tensor.register_hook(collect)
+        listened.register_hook(collect)
+        return tensor
 
     def _responsible(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], constant: Tensor
     ) -> str:
         """The names of the constants without which the operation would output something else at 0."""
-        named = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._names]
+        named = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._names]
         names = {self._names[id(tensor)] for tensor in named}
         if len(names) > 1:
             names = {
@@ -145,23 +156,16 @@ class ConstantsMode(ExplanationMode):
         return f"{module}: {operation}" if module else f"{operation} ({location})"
 
 
-def _saturates(func: Callable[..., Any]) -> bool:
-    return getattr(func, "__name__", "") in _SATURATING
+def _saturates(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    # The maximum of two tensors, unlike that along an axis, may be one that is constant.
+    binary = (len(args) > 1 and isinstance(args[1], Tensor)) or "other" in kwargs
+    return name in _SATURATING or (name in ("max", "min") and binary)
 
 
 def _is_in_place(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bcoskit.dynamic._mode import FREEZE_NODE, ExplanationMode, ProductPolicy, name_of, node_depends_on_input
+from bcoskit.dynamic._mode import (
+    FREEZE_NODE,
+    ExplanationMode,
+    ProductPolicy,
+    name_of,
+    node_depends_on_input,
+    tensors_in,
+)
 from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
@@ -147,10 +154,10 @@ class LocatingMode(ExplanationMode):
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and mark the nodes that it has added to the graph."""
         output = super().natural(func, args, kwargs)
-        if isinstance(output, Tensor) and output.grad_fn is not None:
+        stack: list[Any] = [tensor.grad_fn for tensor in tensors_in(output)]
+        if any(node is not None and _LOCATION not in node.metadata for node in stack):
             location, module = self._places.here()
             mark = Violation("", name_of(func), location, module)
-            stack: list[Any] = [output.grad_fn]
             while stack:
                 node = stack.pop()
                 if node is not None and _LOCATION not in node.metadata:

@@ -1,6 +1,6 @@
 """The one switch: a context in which every input-dependent factor is a constant for autograd."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -232,6 +232,17 @@ def name_of(func: Callable[..., Any]) -> str:
     """A readable name of a torch function, as `Tensor.mul` or `softmax`."""
     name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
     return name.replace("TensorBase.", "Tensor.").replace("_VariableFunctionsClass.", "torch.")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or outputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
 
 
 def _any_tensor(values: Iterable[Any], test: Callable[[Tensor], bool]) -> bool:
