@@ -13,12 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from bcoskit._command_pictures import count_images, with_pictures
 from bcoskit._explain import Explanation, explain
-from bcoskit.data import ImageError, ImageTransform, find_images, read_image
+from bcoskit._text import printable
+from bcoskit.data import ImageError, ImageTransform, read_image
+from bcoskit.data._images import pixels
 from bcoskit.models import create_model
 from bcoskit.viz import SheetRow, sheet
 
 _LISTED_FAILURES = 20
+_NAME_WIDTH = 28
 
 
 def explain_images(
@@ -41,7 +45,8 @@ def explain_images(
         model: Name of a network with trained weights, or a file that training has written.
         target: Name or index of a class that is explained in any case, before the largest ones.
         top: How many classes are explained.
-        out: Folder for the pictures.
+        out: Folder for the pictures, which keep the structure of a folder of images. Below a folder of images, it is
+            left out of them.
         save: Also write the tensors of each explanation, as a .safetensors file beside the picture.
         json: Print one JSON object per image instead of the table.
         shares: Evaluate all constants of the network, so that the residual tests the explanation.
@@ -52,40 +57,49 @@ def explain_images(
         The exit code: 0, or 1 if some images could not be explained.
 
     Raises:
-        ValueError: If an option is out of its range, or no image could be explained.
+        ValueError: If an option is out of its range, a picture would overwrite an image, or no image could be
+            explained.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
-    chosen = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    network = _Network.load(model, chosen)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` (={str(out)!r}) must be a folder")
+    place = _device(device)
+    network = _Network.load(model, place)
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else network.class_index(target)
-    out.mkdir(parents=True, exist_ok=True)
 
-    total = sum(1 for _ in find_images(images))
-    report = _Report(json, network.classes, total)
+    report = _Report(json, network.classes, count_images(images, out))
     with report:
-        for batch in _batches(_readable(_named(images), network.transform, report), batch_size):
-            x = torch.stack([network.transform(item.image) for item in batch]).to(chosen)
-            explanation = network.explain(x, wanted, top, shares)
+        for batch in _batches(_readable(with_pictures(images, out), network.transform, report), batch_size):
+            x = network.transform.encode_pixels(torch.stack([pixels(item.image) for item in batch]))
+            explanation = network.explain(x.to(place), wanted, top, shares)
             probabilities = network.probabilities(explanation)
             for index, item in enumerate(batch):
                 one = explanation[index]
-                picture = out / f"{item.name}.png"
-                _write(picture, item, one, network, probabilities[index], save)
-                report.explained(item, one, probabilities[index], picture)
+                _write(item, one, network, probabilities[index], save)
+                report.explained(item, one, probabilities[index])
     return report.exit_code()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` (={name!r}) cannot be used: {error}") from error
+    return device
 
 
 @dataclass(frozen=True)
 class _Item:
-    """An image, and the name of its picture without suffix, relative to the output folder."""
+    """An image as the network sees it, the file that it comes from, and the file of its picture."""
 
     path: Path
-    name: str
+    picture: Path
     image: Image.Image
 
 
@@ -100,7 +114,7 @@ class _Network:
 
     @classmethod
     def load(cls, name: str, device: torch.device) -> "_Network":
-        model: Any = create_model(name, weights=not name.endswith(".safetensors"))
+        model: Any = create_model(name, weights=True)
         return cls(model.to(device), model.transform, model.classes, model.loss)
 
     def class_index(self, target: str) -> int:
@@ -132,35 +146,10 @@ class _Network:
         return table.gather(1, explanation.target)
 
 
-def _named(images: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Image files, each with the name of its picture: folders keep their structure, and no name is given twice."""
-    used: set[str] = set()
-    folder: Path | None = None
-    for given in images:
-        root = Path(given)
-        for path in find_images([given]):
-            relative = path.relative_to(root) if root.is_dir() else Path(path.name)
-            if root.is_dir() and path.parent != folder:
-                # A folder's images come together, so that only its names need to be remembered.
-                folder, used = path.parent, set()
-            name = next(name for name in _candidates(relative) if name not in used)
-            used.add(name)
-            yield path, name
-
-
-def _candidates(relative: Path) -> Iterator[str]:
-    yield str(relative.with_suffix(""))
-    yield str(relative)
-    number = 2
-    while True:
-        yield f"{relative}-{number}"
-        number += 1
-
-
-def _readable(files: Iterator[tuple[Path, str]], transform: ImageTransform, report: "_Report") -> Iterator[_Item]:
-    for path, name in files:
+def _readable(files: Iterator[tuple[Path, Path]], transform: ImageTransform, report: "_Report") -> Iterator[_Item]:
+    for path, picture in files:
         try:
-            yield _Item(path, name, transform.view(read_image(path)))
+            yield _Item(path, picture, transform.view(read_image(path)))
         except ImageError as error:
             report.failed(path, str(error))
 
@@ -170,9 +159,7 @@ def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _write(
-    picture: Path, item: _Item, explanation: Explanation, network: _Network, probabilities: Tensor, save: bool
-) -> None:
+def _write(item: _Item, explanation: Explanation, network: _Network, probabilities: Tensor, save: bool) -> None:
     assert explanation.target is not None
     colored = network.transform.encoding == "bcos"
     rows = [
@@ -185,18 +172,17 @@ def _write(
             zip(explanation.target[0], probabilities, explanation.value[0], strict=True)
         )
     ]
-    if picture.resolve() == item.path.resolve():
-        raise ValueError(f"`out` (={str(picture.parent)!r}) would overwrite the image {item.path}")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = picture.with_name(f".{picture.name}.partial")
     smooth = max(1, round(item.image.width / 30)) | 1
+    page = sheet(item.image, rows, title=printable(item.path.name), smooth=smooth)
+    item.picture.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = item.picture.with_name(f".{item.picture.name}.partial")
     try:
-        sheet(item.image, rows, title=item.path.name, smooth=smooth).save(unfinished, format="PNG")
-        unfinished.replace(picture)
+        page.save(unfinished, format="PNG")
+        unfinished.replace(item.picture)
     finally:
         unfinished.unlink(missing_ok=True)
     if save:
-        explanation.save(picture.with_suffix(".safetensors"))
+        explanation.save(item.picture.with_suffix(".safetensors"))
 
 
 @dataclass
@@ -211,39 +197,46 @@ class _Report:
     listed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
-        self._errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console, self._errors = (
+            Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+            for stderr in (False, True)
+        )
         columns = (TextColumn("Explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # The bar shares the terminal with the table; machine-readable output stays free of it.
+        # The bar shares the terminal with the table; what is no terminal stays free of it.
         self._progress = Progress(*columns, console=self._errors if self.json else self._console, transient=True)
         self._task = self._progress.add_task("Explaining", total=self.total)
-        self._width = max(9, *(len(name) for name in self.classes))
+        self._width = max(len("class"), *(len(_cell(name)) for name in self.classes))
 
     def __enter__(self) -> "_Report":
-        self._progress.start()
-        if not self.json:
-            titles = f"{'image':<28}  {'class':<{self._width}}  {'probability':>11}  {'logit':>9}"
-            self._console.print(f"{titles}  {'W(x)·x':>9}  {'constants':>9}  {'residual':>9}", style="bold")
+        if self._progress.console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
-    def explained(self, item: _Item, explanation: Explanation, probabilities: Tensor, picture: Path) -> None:
+    def explained(self, item: _Item, explanation: Explanation, probabilities: Tensor) -> None:
         """Tell of one image."""
-        self.done += 1
-        self._progress.advance(self._task)
         rows = _figures(explanation, probabilities, self.classes)
         if self.json:
-            line = json_lines.dumps({"image": str(item.path), "picture": str(picture), "classes": rows})
-            self._console.print(line, markup=False)
-            return
+            line = {"image": str(item.path), "picture": str(item.picture), "classes": rows}
+            _print(self._console, json_lines.dumps(line))
+        else:
+            self._tell(item.path.name, rows)
+        self.done += 1
+        self._progress.advance(self._task)
+
+    def _tell(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.done == 0:
+            titles = f"{'image':<{_NAME_WIDTH}}  {'class':<{self._width}}  {'probability':>11}  {'logit':>9}"
+            _print(self._console, f"{titles}  {'W(x)·x':>9}  {'constants':>9}  {'residual':>9}", "bold")
         for rank, row in enumerate(rows):
-            image = _shortened(item.path.name, 28) if rank == 0 else ""
+            image = _cell(name) if rank == 0 else ""
             residual = "-" if row["residual"] is None else f"{row['residual']:.0e}"
             figures = f"{row['probability']:>11.4f}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
-            text = f"{image:<28}  {row['class']:<{self._width}}  {figures}  {row['bias']:>9.4f}  {residual:>9}"
-            self._console.print(text, markup=False)
+            line = f"{image:<{_NAME_WIDTH}}  {_cell(row['class']):<{self._width}}  {figures}"
+            _print(self._console, f"{line}  {row['bias']:>9.4f}  {residual:>9}")
 
     def failed(self, path: Path, reason: str) -> None:
         """Tell of an image that cannot be explained."""
@@ -252,7 +245,7 @@ class _Report:
         if len(self.listed) < _LISTED_FAILURES:
             self.listed.append(reason)
         if self.json:
-            self._console.print(json_lines.dumps({"image": str(path), "error": reason}), markup=False)
+            _print(self._console, json_lines.dumps({"image": str(path), "error": reason}))
 
     def exit_code(self) -> int:
         """Tell of the failures.
@@ -265,13 +258,11 @@ class _Report:
             raise ImageError(f"{self.listed[0]}{more}")
         if not self.failures:
             return 0
-        self._errors.print(
-            f"{self.failures} of {self.done + self.failures} images could not be explained:", markup=False
-        )
+        _print(self._errors, f"{self.failures} of {self.done + self.failures} images could not be explained:")
         for reason in self.listed:
-            self._errors.print(f"  {reason}", markup=False)
+            _print(self._errors, f"  {printable(reason)}")
         if self.failures > len(self.listed):
-            self._errors.print(f"  and {self.failures - len(self.listed)} more", markup=False)
+            _print(self._errors, f"  and {self.failures - len(self.listed)} more")
         return 1
 
 
@@ -292,5 +283,11 @@ def _figures(explanation: Explanation, probabilities: Tensor, classes: Sequence[
     ]
 
 
-def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    """One line, in the characters that the terminal or the file has."""
+    console.print(line.encode(console.encoding, "replace").decode(console.encoding), style=style)
+
+
+def _cell(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 1] + "…"

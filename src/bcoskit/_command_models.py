@@ -1,6 +1,7 @@
 """`bcoskit models`."""
 
 import json as json_module
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,27 +29,23 @@ def show_models(pattern: str = "*", *, json: bool = False) -> int:
     if json:
         Console().print_json(json_module.dumps(rows))
         return 0
-    table = Table("model", "parameters", "input", "weights", "accuracy")
+    table = Table()
+    for title in ("model", "parameters", "input", "weights", "accuracy"):
+        table.add_column(title, no_wrap=title != "accuracy")
     for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['parameters']:,}",
-            row["input"],
-            "yes" if row["weights"] else "-",
-            row["accuracy"] or "-",
-        )
+        weights = "yes" if row["weights"] else "-"
+        table.add_row(row["model"], f"{row['parameters']:,}", row["input"], weights, row["accuracy"] or "-")
     Console().print(table)
     return 0
 
 
-def _row(name: str) -> dict[str, object]:
+def _row(name: str) -> dict[str, Any]:
     row = model_row(name)
     parameters = sum(parameter.numel() for parameter in create_model(name).parameters())
-    size = row.transform.size
     return {
         "model": name,
         "parameters": parameters,
-        "input": f"{size}x{size}",
+        "input": f"{row.transform.size}x{row.transform.size}",
         "weights": row.weights is not None,
         "accuracy": row.accuracy,
     }

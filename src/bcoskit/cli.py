@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from bcoskit._text import printable
+
 
 class UsageError(ValueError):
     """A command line that cannot be parsed."""
@@ -21,13 +23,14 @@ class Command:
 
     Attributes:
         summary: What `bcoskit --help` says of it.
-        load: Imports its function, which takes seconds where torch and Lightning come with it.
+        load: Imports its function, which takes seconds where torch and Lightning come with it; the function returns
+            an exit code, or figures, which are printed.
         positional: The parameter that is given without an option's name, and how many values it takes.
         configurable: Whether `--config FILE` gives options in YAML.
     """
 
     summary: str
-    load: Callable[[], Callable[..., int]]
+    load: Callable[[], Callable[..., int | dict[str, float]]]
     positional: tuple[str, str] | None = None
     configurable: bool = False
 
@@ -44,7 +47,7 @@ def _models() -> Callable[..., int]:
     return show_models
 
 
-def _train() -> Callable[..., Any]:
+def _train() -> Callable[..., dict[str, float]]:
     try:
         from bcoskit.training import train
     except ModuleNotFoundError as error:
@@ -81,13 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("BCOSKIT_DEBUG"):
             raise
-        text = " ".join(str(error).split())
-        readable = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)) and text
-        return _fail(text if readable else f"{type(error).__name__}: {text}", 2)
+        return _fail(_message(error), 2)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    readable = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)) and str(error)
+    return str(error) if readable else f"{type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"bcoskit: error: {message}\n")
+    sys.stderr.write(f"bcoskit: error: {printable(message)}\n")
     return code
 
 
@@ -106,13 +114,16 @@ def _run(arguments: list[str]) -> int:
     function = COMMANDS[name].load()
     parser = _parser(name, COMMANDS[name], function)
     try:
-        options = parser.parse_args([_with_underscores(argument) for argument in arguments[1:]])
+        options = parser.parse_args(_with_underscores(arguments[1:]))
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
-    values = parser.instantiate_classes(options).as_dict()
+    values = dict(vars(parser.instantiate_classes(options)))
     values.pop("config", None)
     result = function(**values)
-    return result if isinstance(result, int) else 0
+    if isinstance(result, int):
+        return result
+    sys.stdout.writelines(f"{name}: {value:.4f}\n" for name, value in result.items())
+    return 0
 
 
 class _Parser(ArgumentParser):
@@ -127,7 +138,7 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
     parser = _Parser(prog=f"bcoskit {name}", description=command.summary)
     if command.configurable:
         parser.add_argument("--config", action="config", help="File with options, in YAML.")
-    special: set[str] = set()
+    special: set[str | int] = set()
     if command.positional is not None:
         positional, count = command.positional
         default = {} if count == "+" else {"default": parameters[positional].default}
@@ -144,8 +155,13 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
     return parser
 
 
-def _with_underscores(argument: str) -> str:
-    """`--batch-size=3` as `--batch_size=3`: both spellings of an option are one."""
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    """`--batch-size=3` as `--batch_size=3`: both spellings of an option are one; after `--` there are none."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [_with_underscore(argument) for argument in arguments[:end]] + list(arguments[end:])
+
+
+def _with_underscore(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument.partition("=")

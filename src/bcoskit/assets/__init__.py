@@ -1,0 +1,1 @@
+"""The weights and photographs that ship."""

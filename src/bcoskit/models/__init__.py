@@ -2,6 +2,7 @@
 
 from bcoskit.models._registry import (
     CIFAR10_CLASSES,
+    Loss,
     ModelRow,
     WeightsError,
     create_model,
@@ -12,6 +13,7 @@ from bcoskit.models._registry import (
 
 __all__ = [
     "CIFAR10_CLASSES",
+    "Loss",
     "ModelRow",
     "WeightsError",
     "create_model",

@@ -1,6 +1,7 @@
 """The Lightning module: a classifier, its loss, its optimiser, and what happens to a batch of pixels."""
 
-from typing import Any, Literal
+import random
+from typing import Any, TypeAlias
 
 import lightning
 import torch
@@ -9,8 +10,14 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from bcoskit.data import ImageTransform, random_crop_flip
+from bcoskit.models import Loss
 
-Batch = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A source of random numbers that the key determines, on every machine."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 class Classifier(lightning.LightningModule):
@@ -33,7 +40,7 @@ class Classifier(lightning.LightningModule):
         transform: ImageTransform,
         num_classes: int,
         *,
-        loss: Literal["bce", "cross_entropy"],
+        loss: Loss,
         learning_rate: float,
         seed: int,
         compile_step: bool,
@@ -50,16 +57,24 @@ class Classifier(lightning.LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of one augmented batch."""
+        """The loss of one augmented batch.
+
+        Raises:
+            RuntimeError: If it is not finite, before the step that it would spoil.
+        """
         images, labels = batch
-        generator = torch.Generator().manual_seed(hash((self.seed, self.current_epoch, batch_index)))
+        generator = seeded(self.seed, self.current_epoch, batch_index)
         logits = self._for_training[0](self._encoded(random_crop_flip(images, generator=generator)))
         loss = self._loss(logits, labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss and accuracy of one batch."""
+        """Loss and accuracy of one batch.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
         images, labels = batch
         logits = self.model(self._encoded(images))
         self.accuracy(logits, labels)
@@ -78,6 +93,13 @@ class Classifier(lightning.LightningModule):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.loss == "cross_entropy":
-            return F.cross_entropy(logits, labels)
-        targets = F.one_hot(labels, self.num_classes).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, targets)
+            loss = F.cross_entropy(logits, labels)
+        else:
+            targets = F.one_hot(labels, self.num_classes).to(logits.dtype)
+            loss = F.binary_cross_entropy_with_logits(logits, targets)
+        if not bool(loss.isfinite()):
+            raise RuntimeError(
+                f"the loss is {float(loss)} in epoch {self.current_epoch + 1}: `learning_rate` (={self.learning_rate}) "
+                "is too high for this network and these images"
+            )
+        return loss

@@ -1,0 +1,217 @@
+"""Completeness, targets, state and refusals of `explain`, and the audits."""
+
+import concurrent.futures
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import bcoskit
+from bcoskit import nn as bnn
+
+torch.manual_seed(0)
+
+
+def bcos_network() -> nn.Module:
+    torch.manual_seed(1)
+    layers = [
+        bnn.BcosConv2d(6, 8, 3, padding=1, max_out=2),
+        bnn.BatchNorm(8, centered=True, bias=True),
+        bnn.BcosConv2d(8, 8, 3, padding="same", groups=2, b=1.5, padding_mode="reflect"),
+        bnn.GroupNorm(8, centered=True, bias=True),
+        nn.GELU(),
+        bnn.PositionNorm(8),
+        bnn.ClassifierHead(8, 5, logit_bias=-1.5, temperature=0.5),
+    ]
+    network = nn.Sequential(*layers)
+    network[1].running_mean.uniform_(-0.1, 0.1)
+    for norm in (network[1], network[3]):
+        nn.init.normal_(norm.bias)
+    return network.eval()
+
+
+def torch_network() -> nn.Module:
+    torch.manual_seed(2)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    network = nn.Sequential(
+        nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(inplace=True), nn.Hardtanh(-0.3, 0.3), nn.Flatten(2)
+    )
+    head = nn.Sequential(nn.LayerNorm(9), nn.Flatten(), nn.Linear(72, 5))
+    return nn.Sequential(network, _Transposed(encoder), head).eval()
+
+
+class _Transposed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.position = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        x[:, :4].add_(self.position)
+        return self.module(x).transpose(1, 2)
+
+
+def inputs(dtype=torch.float32, samples=3):
+    return bcoskit.encode(torch.rand(samples, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype))
+
+
+TARGETS = {
+    "prediction": {},
+    "class": {"target": 2},
+    "list": {"target": [0, 4, 1]},
+    "several": {"target": torch.tensor([[0, 1], [2, 3], [4, 0]])},
+    "shared": {"target": [[3, 1, 2]]},
+    "versus": {"target": 1, "versus": [0, 2, 3]},
+    "several versus": {"target": [[0, 1], [2, 3], [4, 0]], "versus": 2},
+    "slices": {"target": (3, slice(None), slice(1, 3)), "to_layer": "0"},
+    "from layer": {"from_layer": "2"},
+}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("form", TARGETS)
+def test_completeness_for_every_target(form, dtype, bound):
+    network = bcos_network().to(dtype)
+    e = bcoskit.explain(network, inputs(dtype), **TARGETS[form], shares=True)
+    total = e.contributions.flatten(e.value.ndim).sum(-1) + sum(e.shares.values())
+    scale = e.logits.abs().amax().clamp_min(1e-3)
+    assert ((total - e.value).abs() / scale).max() <= bound
+    assert e.residual.abs().max() <= bound
+    assert e.weights.shape[: e.value.ndim] == e.value.shape
+
+
+@pytest.mark.parametrize("make", [bcos_network, torch_network])
+def test_completeness_and_its_control(make):
+    network, x = make().double(), inputs(torch.float64)
+    e = bcoskit.explain(network, x, shares=True)
+    assert e.residual.abs().max() <= 1e-10
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(leaf.clone()).amax(1).sum(), leaf)
+    plain = (gradient * x).flatten(1).sum(1) + sum(e.shares.values())
+    assert ((plain - e.value) / e.value).abs().max() > 1e-3
+    assert (gradient - e.weights).abs().max() > 1e-3
+
+
+def test_shares_have_the_names_of_parameters_and_attributes():
+    names = set(bcoskit.explain(bcos_network(), inputs(), shares=True).shares)
+    assert names == {"1.running_mean", "1.bias", "3.bias", "6.logits.bias"}
+    assert "1.position" in bcoskit.explain(torch_network(), inputs(), shares=True).shares
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext2", "test_efficientnet", "test_nfnet"])
+def test_timm_networks(name):
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=5).eval().double()
+    e = bcoskit.explain(network, torch.rand(2, 3, 64, 64).double(), shares=True)
+    assert e.residual.abs().max() <= 1e-10
+    assert e.weights.any()
+
+
+def test_shipped_model_in_batches():
+    model = bcoskit.create_model("resnet20.bcos_cifar10", weights=True)
+    x = bcoskit.encode(torch.rand(4, 3, 32, 32))
+    e = bcoskit.explain(model, x, shares=True)
+    assert e.residual.abs().max() <= 1e-5
+    assert set(e.shares) == {"fc.logits.bias"}
+    torch.testing.assert_close(e[2].weights, bcoskit.explain(model, x[2:3]).weights, rtol=1e-3, atol=1e-5)
+    assert bcoskit.audit(model, x).passed
+
+
+def test_audit_names_what_is_not_linear():
+    class Digamma(nn.Module):
+        def forward(self, x):
+            return torch.digamma(x + 2)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(384, 4), Digamma()).eval()
+    with pytest.raises(bcoskit.NotLinearError, match=r"torch\.digamma .* in module '2' at test_explain\.py:\d+"):
+        bcoskit.explain(network, inputs())
+    report = bcoskit.audit(network, inputs())
+    assert not report.passed
+    assert report.offenders[0].module == "2"
+    assert report.numeric > 0
+    assert bcoskit.audit(bcos_network(), inputs()).passed
+
+
+def test_product_policies():
+    class Gated(nn.Module):
+        def forward(self, x):
+            return (x * torch.sigmoid(x).cumsum(1) * x.flip(1)).flatten(1)[:, :5]
+
+    x = inputs(torch.float64)
+    split, first = (bcoskit.explain(Gated().eval(), x, 0, products=p, shares=True) for p in ("split", "first"))
+    assert max(split.residual.abs().max(), first.residual.abs().max()) <= 1e-10
+    assert (split.weights - first.weights).abs().max() > 1e-3
+    with pytest.raises(bcoskit.NotLinearError, match="multiplies two tensors"):
+        bcoskit.explain(Gated().eval(), x, 0, products="error")
+
+
+def test_threads_give_the_results_of_one():
+    network, batches = bcos_network(), [inputs() * (0.5 + k / 20) for k in range(8)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = [bcoskit.explain(network, x).weights for x in batches]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda x: bcoskit.explain(network, x).weights, batches * 3))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone * 3, together, strict=True))
+    t = torch.ones(1, requires_grad=True)
+    assert bcoskit.freeze(t) is t
+
+
+REFUSALS = {
+    "training": (lambda n, x: bcoskit.explain(n.train(), x), ValueError, "call `model.eval"),
+    "integer": (lambda n, x: bcoskit.explain(n, (x * 255).long()), TypeError, "encode the images first"),
+    "half": (lambda n, x: bcoskit.explain(n, x.half()), TypeError, "x.float"),
+    "nan": (lambda n, x: bcoskit.explain(n, x * float("nan")), ValueError, "not finite"),
+    "empty": (lambda n, x: bcoskit.explain(n, x[:0]), ValueError, "at least one sample"),
+    "target range": (lambda n, x: bcoskit.explain(n, x, 5), ValueError, r"`target` \(=5\) is out of range"),
+    "negative": (lambda n, x: bcoskit.explain(n, x, -1), ValueError, "out of range"),
+    "target type": (lambda n, x: bcoskit.explain(n, x, 1.5), TypeError, "class index"),
+    "target shape": (lambda n, x: bcoskit.explain(n, x, [1, 2]), ValueError, "one per sample"),
+    "target tuple": (lambda n, x: bcoskit.explain(n, x, (1, 2, 3)), ValueError, "a list or a tensor"),
+    "no layer": (lambda n, x: bcoskit.explain(n, x, to_layer="nothing"), ValueError, "no layer of the network"),
+    "map without position": (lambda n, x: bcoskit.explain(n, x, to_layer="0"), ValueError, "give a position"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_refusals_leave_everything_as_it_was(kind):
+    call, error, message = REFUSALS[kind]
+    network, x = bcos_network(), inputs()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    random, before = torch.get_rng_state(), {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(error, match=message):
+        call(network, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all((p.grad == 1).all() and p.requires_grad for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
+    assert x.grad is None
+    assert not x.requires_grad
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    network, x = bcos_network(), inputs()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside"):
+        bcoskit.explain(network, x)
+    with torch.no_grad():
+        assert bcoskit.explain(network, x).weights.any()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_save_and_load(tmp_path, suffix):
+    e = bcoskit.explain(bcos_network(), inputs(), [[0, 1]], shares=True)
+    path = tmp_path / f"e{suffix}"
+    e.save(path)
+    loaded = bcoskit.Explanation.load(path)
+    assert torch.equal(loaded.weights, e.weights)
+    assert all(torch.equal(loaded.shares[name], share) for name, share in e.shares.items())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
+        e.save(tmp_path / "e.pkl")
