@@ -5,6 +5,7 @@ import concurrent.futures
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import bcoskit
@@ -66,6 +67,9 @@ TARGETS = {
     "versus": {"target": 1, "versus": [0, 2, 3]},
     "several versus": {"target": [[0, 1], [2, 3], [4, 0]], "versus": 2},
     "slices": {"target": (3, slice(None), slice(1, 3)), "to_layer": "0"},
+    "position": {"target": (3, 1, 1), "to_layer": "0"},
+    "positions": {"target": [(3, 1, 1), (0, 0, 0)], "to_layer": "0"},
+    "between layers": {"target": (1, 0, 0), "from_layer": "0", "to_layer": "2"},
     "from layer": {"from_layer": "2"},
 }
 
@@ -213,5 +217,143 @@ def test_save_and_load(tmp_path, suffix):
     assert torch.equal(loaded.weights, e.weights)
     assert all(torch.equal(loaded.shares[name], share) for name, share in e.shares.items())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no intact"):
+        bcoskit.Explanation.load(path)
     with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
         e.save(tmp_path / "e.pkl")
+
+
+def test_gradients_of_explanations_are_complete():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(2), nn.Linear(16, 8), bnn.Attention(8, 2), nn.LayerNorm(8), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    network = network.double().eval()
+    x, direction = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 2, 4, 4).double()
+    weight = network[1].weight
+
+    def objective():
+        return float((bcoskit.explain(network, x, 1).weights * direction).sum())
+
+    e = bcoskit.explain(network, x, 1, create_graph=True)
+    (gradient,) = torch.autograd.grad((e.weights * direction).sum(), weight, retain_graph=True)
+    step = 1e-5 * torch.randn_like(weight)
+    with torch.no_grad():
+        weight += step
+        above = objective()
+        weight -= 2 * step
+        below = objective()
+        weight += step
+    assert (above - below) / 2 == pytest.approx(float((gradient * step).sum()), rel=1e-5)
+    (logits,) = torch.autograd.grad(e.logits.sum(), weight)
+    (ordinary,) = torch.autograd.grad(network(x).sum(), weight)
+    torch.testing.assert_close(logits, ordinary)
+
+
+def weights_by_func(network, x):
+    with bcoskit.explanation_mode():
+        return torch.func.grad(lambda x: network(x)[:, 1].sum())(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode
+def test_func_transforms():
+    network, x = bcos_network().double(), inputs(torch.float64)
+    e = bcoskit.explain(network, x, 1)
+    torch.testing.assert_close(weights_by_func(network, x), e.weights)
+    with bcoskit.explanation_mode():
+        _, tangent = torch.func.jvp(network, (x,), (x,))
+    torch.testing.assert_close(tangent[:, 1], e.contributions.flatten(1).sum(1))
+
+
+def test_compiled_inside_and_outside():
+    torch.compiler.reset()
+    network, x = bcos_network(), inputs()
+    expected = bcoskit.explain(network, x, 1).weights
+    torch.testing.assert_close(torch.compile(weights_by_func, fullgraph=True, backend="eager")(network, x), expected)
+    compiled, leaf = torch.compile(network, fullgraph=True, backend="aot_eager"), x.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(compiled(leaf)[:, 1].sum(), leaf)
+    with bcoskit.explanation_mode():
+        (frozen,) = torch.autograd.grad(compiled(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(frozen, expected)
+    assert (plain - expected).abs().max() > 1e-3
+    torch.testing.assert_close(bcoskit.explain(compiled, x, 1).weights, expected)
+
+
+def test_autocast_does_not_reach_explanations():
+    network, x = bcos_network(), inputs()
+    expected = bcoskit.explain(network, x, 1).weights
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bcoskit.explain(network, x, 1).weights, expected)
+
+
+class Written(nn.Module):
+    """Writes to its input, and to views, by operations of every kind."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.write = write
+
+    def forward(self, x):
+        x.sub_(0.5).mul_(2)
+        y = self.linear(x)
+        self.write(y)
+        return y
+
+
+WRITES = {
+    "add": lambda y: y[:, 1:].add_(1),
+    "item": lambda y: y.__setitem__((slice(None), 0), 1),
+    "power": lambda y: y[:, 1:].__ipow__(2),
+    "sigmoid": lambda y: y[:, 1:].sigmoid_(),
+    "silu": lambda y: nn.functional.silu(y, inplace=True),
+    "hardsigmoid": lambda y: nn.functional.hardsigmoid(y, inplace=True),
+    "square": lambda y: y.square_(),
+    "product": lambda y: y.mul_(y.flip(1)),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", WRITES)
+def test_networks_that_write_in_place(kind, create_graph):
+    torch.manual_seed(0)
+    network, x = Written(WRITES[kind]).double().eval(), torch.randn(3, 6).double()
+    before = x.clone()
+    e = bcoskit.explain(network, x, 2, shares=True, create_graph=create_graph)
+    assert torch.equal(x, before)
+    assert torch.equal(e.x, before)
+    assert e.residual.abs().max() <= 1e-10
+    torch.testing.assert_close(e.logits.detach(), network(x.clone()).detach())
+
+
+def test_hidden_nonlinearities_are_refused():
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    x = torch.randn(2, 6)
+    with pytest.raises(bcoskit.NotLinearError, match="its own backward"):
+        bcoskit.explain(lambda x: Relu.apply(x), x)
+    with pytest.raises(bcoskit.NotLinearError, match="digamma"):
+        bcoskit.explain(Written(lambda y: y[:, 1:].digamma_()).eval(), x, 2)
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        bcoskit.explain(lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False), x)
+
+
+def test_parameters_stay_themselves_inside():
+    network = nn.Linear(6, 6).eval()
+
+    def renormed(x):
+        network.weight.data = torch.renorm(network.weight.data, 2, 0, 0.5)
+        assert network.weight.requires_grad
+        return network(x)
+
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(bcoskit.explain(renormed, x).logits, renormed(x).detach())

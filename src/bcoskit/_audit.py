@@ -29,6 +29,8 @@ class AuditReport:
 
     Attributes:
         offenders: The operations that are not linear in the input; empty if the graph audit passed.
+        forward: Largest difference between the outputs inside and outside `explanation_mode`, relative to the largest
+            output.
         numeric: Largest absolute derivative of `W(x)` with respect to `x` with its factors frozen: exactly 0 if the
             numeric audit passed, NaN if an operation has no second derivative.
         residual: Largest relative residual of `value = Σ W(x)·x + Σ shares` in float64; NaN if the graph audit
@@ -38,6 +40,7 @@ class AuditReport:
     """
 
     offenders: tuple[Violation, ...]
+    forward: float
     numeric: float
     residual: float
     shares: Mapping[str, float]
@@ -45,8 +48,13 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all three audits passed."""
-        return not self.offenders and self.numeric == 0 and self.residual <= RESIDUAL_BOUND
+        """Whether all audits passed."""
+        return (
+            not self.offenders
+            and self.numeric == 0
+            and self.forward <= RESIDUAL_BOUND
+            and self.residual <= RESIDUAL_BOUND
+        )
 
 
 def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: ProductPolicy = "split") -> AuditReport:
@@ -72,16 +80,24 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
     mode = LocatingMode(network, products)
     with untouched(x.device), mode:
         start = mode.start_at(inputs.detach().requires_grad_().clone())
-        offenders = tuple(violations(network(start), mode))
+        output = network(start.clone())
+        offenders = tuple(violations(output, mode))
+    forward = _difference(output.detach(), network, inputs)
     numeric = weights_gradient(network, inputs, products=products)
     if offenders:
-        return AuditReport(offenders, numeric, float("nan"), {}, products)
+        return AuditReport(offenders, forward, numeric, float("nan"), {}, products)
     explanation = explain(network, inputs, target, products=products, shares=True)
     if not bool(explanation.weights.any()):
         raise ValueError("W(x) is 0 for every input: the signal has died, and no audit of it means anything")
     assert explanation.residual is not None
     shares = {name: float(share.sum()) for name, share in (explanation.shares or {}).items()}
-    return AuditReport((), numeric, float(explanation.residual.abs().max()), shares, products)
+    return AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
+
+
+def _difference(output: Tensor, network: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        plain = network(x.clone())
+    return float((output - plain).abs().max() / plain.abs().max().clamp_min(torch.finfo(plain.dtype).tiny))
 
 
 def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductPolicy = "split") -> float:

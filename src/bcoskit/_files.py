@@ -63,7 +63,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise FileNotFoundError(path)  # of a pipe too, since opening one would wait for its other end
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+        # Numpy leaves the file open where it is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             text = str(arrays[_KEY]) if _KEY in arrays else "{}"
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != _KEY}, text
     with safe_open(path, framework="pt") as file:

@@ -35,7 +35,7 @@ def run_between(
     """
     if from_layer is None and to_layer is None:
         start = enter(x)
-        return start, _tensor(model(start), "the network")
+        return start, _tensor(model(start.clone()), "the network")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`from_layer` and `to_layer` need a torch.nn.Module, got {type(model).__name__}")
     starts: list[Tensor] = []
@@ -43,7 +43,7 @@ def run_between(
 
     def start_here(output: Any) -> Tensor:
         starts.append(enter(_tensor(output, f"`from_layer` (={from_layer!r})")))
-        return starts[-1]
+        return starts[-1].clone()
 
     def end_here(output: Any) -> Tensor:
         # The network goes on with a copy, since it may write to it.
@@ -57,7 +57,7 @@ def run_between(
         final = model(x)
     else:
         starts.append(enter(x))
-        final = model(starts[0])
+        final = model(starts[0].clone())
     for name, layer, outputs in (("from_layer", from_layer, starts), ("to_layer", to_layer, ends)):
         if layer is not None and len(outputs) != 1:
             raise ValueError(f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
@@ -89,7 +89,7 @@ def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[An
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
     """A module that shares parameters, buffers and children, but not its tables of children and hooks."""
-    copy = module.__new__(type(module))
+    copy = object.__new__(type(module))
     copy.__dict__ = module.__dict__.copy()
     copy._modules = module._modules.copy()
     return copy

@@ -106,4 +106,5 @@ def _at(output: Tensor, position: Any) -> Tensor:
             raise TypeError(f"`target` (={position!r}) must consist of integers and slices")
         if isinstance(index, int) and not 0 <= index < size:
             raise ValueError(f"`target` (={position!r}) is out of range for an output of shape {tuple(output.shape)}")
-    return output[(slice(None), *position)].flatten(1).sum(1) if output.ndim > 1 else output
+    values = output[(slice(None), *position)]
+    return values if values.ndim == 1 else values.flatten(1).sum(1)

@@ -117,7 +117,7 @@ def _run(arguments: list[str]) -> int:
         options = parser.parse_args(_with_underscores(arguments[1:]))
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
-    values = dict(vars(parser.instantiate_classes(options)))
+    values = dict(vars(options))
     values.pop("config", None)
     result = function(**values)
     if isinstance(result, int):

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of, tensors_in
+from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of, tensors_in, writes
 from bcoskit.dynamic._places import Places
 
 # Piecewise linear operations with constant pieces: where the output is not the input, it is a constant.
 _SATURATING = frozenset(
     """
     clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ hardtanh hardtanh_ relu6 threshold threshold_
-    maximum minimum fmax fmin
+    maximum minimum fmax fmin nan_to_num nan_to_num_
     """.split()
 )
 
@@ -61,14 +61,16 @@ class ConstantsMode(ExplanationMode):
                 self._name(tensor, " · ".join(names))
             return output
         before = self._at_zero(func, args, kwargs)
-        kept = args[0].detach().clone() if _saturates(func, args, kwargs) else None
+        live = [t.detach().clone() for t in tensors_in((args, kwargs)) if self.depends_on_input(t)]
+        kept = live if _saturates(func, args, kwargs) else None
         output = super().natural(func, args, kwargs)
         constants = iter(before)
 
         def listen(tensor: Tensor) -> Tensor:
             constant = next(constants)
             if kept is not None:
-                constant = torch.where(tensor.detach() == kept, 0, tensor.detach())
+                passed = [tensor.detach() == value for value in kept]
+                constant = torch.where(torch.stack(torch.broadcast_tensors(*passed)).any(0), 0, tensor.detach())
             return self._listen(func, args, kwargs, tensor, constant)
 
         if output is None:  # as of `x[...] = y`, whose result is its first argument
@@ -115,7 +117,7 @@ class ConstantsMode(ExplanationMode):
             return tensor
         name = self._responsible(func, args, kwargs, constant)
         listened = tensor
-        if tensor._is_view() and _is_in_place(func):
+        if tensor._is_view() and writes(func, kwargs):
             # The gradient of a view that was written to arrives at its base.
             base = tensor._base
             assert base is not None
@@ -161,11 +163,6 @@ def _saturates(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     # The maximum of two tensors, unlike that along an axis, may be one that is constant.
     binary = (len(args) > 1 and isinstance(args[1], Tensor)) or "other" in kwargs
     return name in _SATURATING or (name in ("max", "min") and binary)
-
-
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

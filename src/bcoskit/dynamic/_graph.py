@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bcoskit.dynamic._mode import (
     FREEZE_NODE,
+    WRITE,
     ExplanationMode,
     ProductPolicy,
     name_of,
@@ -53,7 +55,7 @@ _LINEAR = frozenset(
     IndexSelect Kthvalue LeakyRelu Lift LiftFresh LogicalNot MaskedFill MaskedScatter MaskedSelect Max
     MaxPool2DWithIndices MaxPool3DWithIndices MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum
     MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D Mode NanToNum Nanmean Nanmedian Nansum NativeDropout Neg Permute
-    PixelShuffle PixelUnshuffle PreluKernel Put Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat
+    PixelShuffle PixelUnshuffle Put ScatterReduce Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat
     RepeatInterleave ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias ReshapeCopy Roll Rot90
     RreluWithNoise Rsub Scatter ScatterAdd Select SelectScatter Slice SliceScatter Sort Split SplitWithSizes
     Squeeze Stack Sub Sum T Take Threshold ToCopy Topk Trace Transpose Tril Triu Unbind Unfold UnsafeSplit
@@ -71,6 +73,7 @@ _FACTORS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("ConvDepthwise2D", "SlowConvDilated2D", "ThnnConv2D", "ConvTbc", "MkldnnLinear"), (0, 1)),
     **dict.fromkeys(("Addmm", "Baddbmm", "Addmv", "Addr", "Addbmm", "Addcmul"), (1, 2)),
     "Trilinear": (0, 1, 2),
+    "PreluKernel": (0, 1),
 }
 # … and inputs in which a node is not linear at all.
 _FIXED: dict[str, tuple[int, ...]] = {
@@ -115,6 +118,13 @@ def _kind(node: Any) -> str:
 
 def _fault(node: Any, marked: bool) -> str | None:
     kind = _kind(node)
+    # A custom function may have the name of a node that is known.
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return "has its own backward" if node_depends_on_input(node, marked) else None
+    if kind == "CopySlices" and WRITE not in node.metadata:
+        return "writes to a view by an operation that is not known to be linear"
+    if kind in ("IndexReduce", "ScatterReduce") and node._saved_reduce == "prod":
+        return "multiplies entries that depend on the input"
     if kind in _LINEAR:
         return None
     parents = [parent for parent, _ in node.next_functions]

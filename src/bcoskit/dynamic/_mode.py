@@ -24,7 +24,8 @@ class _FreezeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, mode: "ExplanationMode") -> Tensor:
         ctx.mode = mode
-        return tensor.view_as(tensor)
+        # A copy: an alias would forbid writing to the original, an optimiser's step included.
+        return tensor.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -33,6 +34,10 @@ class _FreezeFunction(torch.autograd.Function):
 
 FREEZE_NODE = "_FreezeFunctionBackward"
 # Notes in the metadata of graph nodes: what depends on any input, and on the one that was marked.
+WRITE = "bcoskit_write"
+_CHECKPOINTING = (
+    "activation checkpointing runs layers again in the backward pass, where their factors are not frozen: switch it off"
+)
 _DEPENDS = {False: "bcoskit_depends", True: "bcoskit_depends_on_marked"}
 
 
@@ -51,6 +56,7 @@ class ExplanationMode(TorchFunctionMode):
         self.create_graph = create_graph
         self.marked = False
         self._depth = 0
+        self._no_checkpoints: list[Any] = []
         self._frozen_parameters: dict[int, Tensor] = {}
 
     @property
@@ -59,6 +65,10 @@ class ExplanationMode(TorchFunctionMode):
         return self._depth > 0
 
     def __enter__(self) -> "ExplanationMode":
+        if not torch.compiler.is_compiling():
+            no_checkpoints = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING)
+            no_checkpoints.__enter__()
+            self._no_checkpoints.append(no_checkpoints)
         super().__enter__()
         self._depth += 1
         return self
@@ -68,6 +78,8 @@ class ExplanationMode(TorchFunctionMode):
         if self._depth == 0:
             self._frozen_parameters.clear()
         super().__exit__(*exception)
+        if not torch.compiler.is_compiling():
+            self._no_checkpoints.pop().__exit__(*exception)
 
     def freeze(self, tensor: Tensor) -> Tensor:
         """The tensor as a constant of the linear map (with `create_graph`: until the context is left)."""
@@ -106,6 +118,10 @@ class ExplanationMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # What is read of a parameter, or assigned to one, is the parameter's own.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (func in _PROPERTIES or getattr(func, "__name__", "") == "__set__"):
+            return func(*args, **(kwargs or {}))
         arguments, keywords = self._without_parameters(args, kwargs or {})
         return self._apply(func, arguments, keywords)
 
@@ -122,7 +138,24 @@ class ExplanationMode(TorchFunctionMode):
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operation as it is: what reaches this point is (piecewise) linear in its live arguments."""
-        return func(*args, **kwargs)
+        target = args[0] if args else None
+        # A compiler traces no names of functions, and its graph is not audited.
+        if torch.compiler.is_compiling() or not isinstance(target, Tensor) or not writes(func, kwargs):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if not target._is_view() and name != "__setitem__":
+            return func(*args, **kwargs)
+        # The graph shows a write to a view as a copy of slices, and not what was computed: the computation is done
+        # beside it, where the audit sees it, and the copy is marked as ours.
+        if name in _LINEAR_WRITES or "inplace" in kwargs:
+            output = func(*args, **kwargs)
+        else:
+            twin = getattr(Tensor, f"__{name[3:]}" if name in _OPERATORS else name[:-1])
+            output = target.copy_(twin(target.clone(), *args[1:], **kwargs))
+        node: Any = (target._base if target._is_view() else target).grad_fn  # pyright: ignore[reportOptionalMemberAccess]
+        if node is not None:
+            node.metadata[WRITE] = True
+        return output
 
     def _without_parameters(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,9 +179,39 @@ class ExplanationMode(TorchFunctionMode):
         return value
 
 
+_OPERATORS = frozenset(
+    """
+    __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __ifloordiv__ __imod__ __iand__ __ior__ __ixor__
+    __ilshift__ __irshift__ __imatmul__
+    """.split()
+)
+_LINEAR_WRITES = frozenset(
+    """
+    copy_ zero_ fill_ add_ sub_ mul_ div_ neg_ negative_ masked_fill_ masked_scatter_ index_fill_ index_add_ index_copy_
+    index_put_ scatter_add_ clamp_ clamp_min_ clamp_max_ clip_ relu_ leaky_relu_ hardtanh_ threshold_ abs_ tril_ triu_
+    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__
+    """.split()
+)
+
+
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return (
+        kwargs.get("inplace") is True
+        or name == "__setitem__"
+        or name in _OPERATORS
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
 Handler: TypeAlias = Callable[[ExplanationMode, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What is called, with the mode off, in the place of an operation with live arguments."""
 
+_PROPERTIES = frozenset(
+    vars(torch._C.TensorBase)[name].__get__
+    for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_leaf", "grad", "grad_fn")
+)
 RULES: dict[Callable[..., Any], Handler] = {}
 """The one table of rules; `bcoskit.dynamic.rules` fills it."""
 

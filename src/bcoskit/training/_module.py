@@ -99,7 +99,7 @@ class Classifier(lightning.LightningModule):
             loss = F.binary_cross_entropy_with_logits(logits, targets)
         if not bool(loss.isfinite()):
             raise RuntimeError(
-                f"the loss is {float(loss)} in epoch {self.current_epoch + 1}: `learning_rate` (={self.learning_rate}) "
-                "is too high for this network and these images"
+                f"the loss is {float(loss.detach())} in epoch {self.current_epoch + 1}: "
+                f"`learning_rate` (={self.learning_rate}) is too high for this network and these images"
             )
         return loss

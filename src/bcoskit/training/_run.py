@@ -126,7 +126,7 @@ def train(
     test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
     out.mkdir(parents=True, exist_ok=True)
     (out / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    with _quiet(), _interruptible():
+    with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
         trainer = _trainer(out, epochs, len(train_batches))
         checkpoint = out / _CHECKPOINT if before else None
         trainer.fit(classifier, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
@@ -222,12 +222,13 @@ def _trainer(out: Path, epochs: int, steps: int) -> lightning.Trainer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on other products, on workers, and on a folder that it has made itself."""
+    """Without Lightning's advice on other products, on workers, and on the folder of a run, which may have moved."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", "The dirpath has changed")
         # Lightning 2.6 with torch 2.14
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")
         for logger in loggers:

@@ -20,7 +20,12 @@ _CONSTANTS = """
 
 def _all_frozen(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = {name: _freeze(mode, value) for name, value in kwargs.items()}
-    return mode.natural(func, tuple(_freeze(mode, value) for value in args), named)
+    inplace = named.pop("inplace", False)
+    output = mode.natural(func, tuple(_freeze(mode, value) for value in args), named)
+    if not inplace:
+        return output
+    with mode:
+        return args[0].copy_(output)
 
 
 def _freezing(position: int, keyword: str) -> Handler:

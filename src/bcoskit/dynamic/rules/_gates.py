@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bcoskit.dynamic._formulas import GATES, gate, quotient
 from bcoskit.dynamic._mode import freeze
-from bcoskit.dynamic.rules._table import frozen, rule
+from bcoskit.dynamic.rules._table import enter, frozen, functions, in_place, rewrite, rule
 
 
 def _register_gates() -> None:
@@ -41,14 +41,25 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
     return values * torch.sigmoid(freeze(gates))
 
 
-@rule("pow", "__pow__", "float_power")
+@rule("float_power")
+def _float_power(x: Any, exponent: Any) -> Tensor:
+    """A power in double precision."""
+    return torch.pow(x.double() if isinstance(x, Tensor) else x, exponent)
+
+
+@rule("pow", "__pow__")
 def _pow(x: Any, exponent: Any) -> Tensor:
     """A power of at least 1 is a gate; roots and inverse powers belong to statistics and are constants."""
-    if not isinstance(x, Tensor) or (isinstance(exponent, Tensor) and exponent.numel() > 1):
-        return torch.pow(frozen(x), frozen(exponent))
-    exponent = float(exponent)
+    exponent = frozen(exponent)
+    if not isinstance(x, Tensor):
+        return torch.pow(x, exponent)
+    values = freeze(x)
+    if isinstance(exponent, Tensor):
+        gated = x * torch.pow(values, (exponent - 1).clamp_min(0))
+        return torch.where(exponent >= 1, gated, torch.pow(values, exponent))
     if exponent == 1:
         return x * 1
-    if exponent < 1:
-        return torch.pow(freeze(x), exponent)
-    return x * torch.pow(freeze(x), exponent - 1)
+    return x * torch.pow(values, exponent - 1) if exponent > 1 else torch.pow(values, exponent)
+
+
+enter(functions("__ipow__"), rewrite(in_place(_pow)))

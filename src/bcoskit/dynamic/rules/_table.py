@@ -68,6 +68,8 @@ def rewrite(function: Callable[..., Any]) -> Handler:
     """Call the function in the operation's place, inside the mode, so that its own operations follow the rules."""
 
     def handle(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         with mode:
             return function(*args, **kwargs)
 
@@ -76,7 +78,7 @@ def rewrite(function: Callable[..., Any]) -> Handler:
 
 def in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def write(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor.copy_(function(tensor, *args, **kwargs))
+        return tensor.copy_(function(tensor.clone(), *args, **kwargs))
 
     return write
 
