@@ -278,7 +278,7 @@ def _cosine_power(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     """`|y / norm|^(b-1)`, in the precision of `y`."""
     cosine = y.abs() / norm
     if isinstance(b, Tensor) or b != 2:
-        cosine = (cosine + _COSINE_EPS) ** (b - 1)
+        cosine = torch.pow(cosine + _COSINE_EPS, b - 1)  # dynamo looks up the rule of this, not of `**`
     return cosine.to(y.dtype)
 
 

@@ -18,12 +18,12 @@ def quotient(function: Callable[[Tensor], Tensor], x: Tensor, slope: float = 1.0
 # The analytic forms are exact at 0 and lose no digits near it.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * torch.special.erfc(x * -(0.5**0.5)),
-    "gelu_tanh": lambda x: torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+    "gelu_tanh": lambda x: torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x)),
     "relu": lambda x: (x > 0).to(x.dtype),
     "silu": torch.sigmoid,
     "hardswish": lambda x: (x + 3).clamp(0, 6) / 6,
     "mish": lambda x: torch.tanh(F.softplus(x)),
-    "softsign": lambda x: 1 / (1 + x.abs()),
+    "softsign": lambda x: (1 + x.abs()).reciprocal(),
     "square": lambda x: x,
     "tanh": lambda x: quotient(torch.tanh, x),
     "tanhshrink": lambda x: 1 - quotient(torch.tanh, x),

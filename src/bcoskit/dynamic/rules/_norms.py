@@ -132,4 +132,4 @@ def _unit_norm(x: Tensor, p: float = 2.0, dim: int | Sequence[int] = 1, eps: flo
 def _local_response_norm(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     squares = freeze(x).square().movedim(1, -1)
     windows = F.pad(squares, (size // 2, (size - 1) // 2)).unfold(-1, size, 1).sum(-1) / size
-    return x / (k + alpha * windows.movedim(-1, 1)) ** beta
+    return x / torch.pow(k + alpha * windows.movedim(-1, 1), beta)
