@@ -1,6 +1,8 @@
 """The one switch: a context in which every input-dependent factor is a constant for autograd."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -65,6 +67,8 @@ class ExplanationMode(TorchFunctionMode):
         return self._depth > 0
 
     def __enter__(self) -> "ExplanationMode":
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            import bcoskit.dynamic._compiler  # noqa: F401 # pyright: ignore[reportUnusedImport] - its effect
         if not torch.compiler.is_compiling():
             no_checkpoints = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING)
             no_checkpoints.__enter__()
@@ -99,12 +103,10 @@ class ExplanationMode(TorchFunctionMode):
 
         Unless `start_at` has said what the input is, it is every leaf that is not a parameter.
         """
-        if not isinstance(value, Tensor):
+        if not requires_gradient(value):
             return False
         if _has_tangent(value):
             return True
-        if not value.requires_grad:
-            return False
         if torch.compiler.is_compiling():
             return not isinstance(value, torch.nn.Parameter)
         if value.grad_fn is None:
@@ -126,7 +128,7 @@ class ExplanationMode(TorchFunctionMode):
         return self._apply(func, arguments, keywords)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handler = RULES.get(func)
+        handler = RULES.get(rule_key(func))
         if handler is None or not self._any_live(args, kwargs):
             return self.natural(func, args, kwargs)
         return handler(self, func, args, kwargs)
@@ -212,8 +214,18 @@ _PROPERTIES = frozenset(
     vars(torch._C.TensorBase)[name].__get__
     for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_leaf", "grad", "grad_fn")
 )
-RULES: dict[Callable[..., Any], Handler] = {}
-"""The one table of rules; `bcoskit.dynamic.rules` fills it."""
+RULES: dict[Any, Handler] = {}
+"""The one table of rules, by `rule_key`; `bcoskit.dynamic.rules` fills it."""
+OPERATIONS: set[Callable[..., Any]] = set()
+"""The functions that have a rule."""
+
+
+def rule_key(func: Callable[..., Any]) -> Any:
+    """What stands for an operation in the table: itself, or the address of a function written in Python.
+
+    A compiler that traces the table takes some of torch's own Python functions for others than themselves.
+    """
+    return (func.__module__, func.__name__) if isinstance(func, FunctionType) else func
 
 
 def explanation_mode(*, products: ProductPolicy = "split", create_graph: bool = False) -> ExplanationMode:
@@ -320,7 +332,11 @@ def _any_tensor(values: Iterable[Any], test: Callable[[Tensor], bool]) -> bool:
 
 def requires_gradient(value: Any) -> bool:
     """Whether the value is a tensor with a gradient path or a tangent, wherever they come from."""
-    return isinstance(value, Tensor) and (value.requires_grad or _has_tangent(value))
+    if not isinstance(value, Tensor):
+        return False
+    # A compiler knows of the input of `torch.func.grad` what it was before, and of a view of it what it is.
+    seen = value.view_as(value) if torch.compiler.is_compiling() else value
+    return seen.requires_grad or _has_tangent(value)
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import importlib
 from bcoskit.dynamic.rules._table import rule
 
 # Each of these enters its rules in the table.
-for _module in ("_gates", "_constants", "_products", "_norms", "_attention"):
+for _module in ("_gates", "_constants", "_products", "_norms", "_attention", "_composites"):
     importlib.import_module(f"bcoskit.dynamic.rules.{_module}")
 
 __all__ = ["rule"]

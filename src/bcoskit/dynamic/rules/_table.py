@@ -1,13 +1,14 @@
 """The one way into the table of rules, and what rules share."""
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcoskit.dynamic._mode import RULES, ExplanationMode, Handler, freeze
+from bcoskit.dynamic._mode import OPERATIONS, RULES, ExplanationMode, Handler, freeze, rule_key
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NAMESPACES = (torch, torch.Tensor, F, vars(torch._C)["_nn"], torch.special, torch.linalg)
@@ -44,10 +45,11 @@ def rule(*operations: str | Callable[..., Any]) -> Callable[[_Function], _Functi
     def register(function: _Function) -> _Function:
         for operation in operations:
             if isinstance(operation, str):
-                enter(functions(operation), rewrite(_with_inplace_flag(function)))
+                for known in functions(operation):
+                    enter([known], rewrite(_with_inplace_flag(function, known)))
                 enter(functions(f"{operation}_"), rewrite(in_place(function)))
             else:
-                RULES[operation] = rewrite(function)
+                enter([operation], rewrite(function))
         return function
 
     return register
@@ -61,7 +63,8 @@ def functions(name: str) -> list[Callable[..., Any]]:
 
 def enter(functions: Iterable[Callable[..., Any]], handler: Handler) -> None:
     for function in functions:
-        RULES[function] = handler
+        RULES[rule_key(function)] = handler
+        OPERATIONS.add(function)
 
 
 def rewrite(function: Callable[..., Any]) -> Handler:
@@ -83,8 +86,14 @@ def in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return write
 
 
-def _with_inplace_flag(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_inplace_flag(function: Callable[..., Any], operation: Callable[..., Any]) -> Callable[..., Any]:
+    # Torch passes the flag by name, a compiler as it was given.
+    names = operation.__code__.co_varnames if isinstance(operation, FunctionType) else ()
+    position = names.index("inplace") if "inplace" in names else None
+
     def call(*args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        if position is not None and len(args) > position:
+            args, inplace = args[:position], args[position]
         return in_place(function)(*args, **kwargs) if inplace else function(*args, **kwargs)
 
     return call
