@@ -181,6 +181,21 @@ class TestRoundTrip:
 
 
 class TestSaveModel:
+    def test_half_the_bytes(self, tmp_path, network):
+        whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+        for path in (whole, half):
+            save_model(network, path, BCOS, classes=ANIMALS, transform=network.transform, half=path == half)
+        assert half.stat().st_size < 0.55 * whole.stat().st_size
+        loaded = create_model(half)
+        for key, value in network.state_dict().items():
+            expected = value.half().float() if value.ndim > 1 else value
+            assert torch.equal(loaded.state_dict()[key], expected)
+        large = create_model(BCOS, num_classes=3)
+        with torch.no_grad():
+            large.conv1.weight[0] = 1e5
+        with pytest.raises(ValueError, match=r"`conv1.weight` that are not finite"):
+            save_model(large, half, BCOS, classes=ANIMALS, transform=network.transform, half=True)
+
     def test_refusals(self, tmp_path, network):
         path = tmp_path / "x.safetensors"
 

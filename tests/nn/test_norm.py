@@ -317,6 +317,13 @@ def test_one_value_per_statistic(kind: reference.NormKind) -> None:
     norm(torch.zeros(1, 1, 1, 1))
 
 
+def test_one_value_per_statistic_of_a_sample() -> None:
+    x = torch.full((2, 3, 1, 1), 5.0)
+    with pytest.raises(ValueError, match=r"`x` of shape .* has one value per statistic"):
+        InstanceNorm(3)(x)
+    assert not InstanceNorm(3, centered=True)(x).any()  # as torch's
+
+
 # The authors' norms, and torch's
 
 

@@ -87,12 +87,13 @@ def normalize(
         The normalised tensor, of the shape and dtype of `x`.
 
     Raises:
-        ValueError: If a statistic would be that of one value.
+        ValueError: If an uncentred norm has one value per statistic.
     """
     if x.numel() == 0:
         return x
     if var is None:
-        if all(x.shape[dim] == 1 for dim in dims):
+        # Centred, the one value becomes 0; uncentred, it would be divided by the root of `eps` alone.
+        if not center and all(x.shape[dim] == 1 for dim in dims):
             raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, whose variance is 0")
         var = freeze(in_single_precision(x)).var(tuple(dims), correction=0, keepdim=True)
     scale = torch.rsqrt(var + eps)
