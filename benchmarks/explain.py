@@ -117,6 +117,14 @@ def ratios(work: Work, rounds: int, title: str) -> dict[str, dict[str, float]]:
     return table
 
 
+def _processor() -> str:
+    """The name of the processor, which Linux tells in a file of its own."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
 def main() -> None:
     """Measure, print a table, and write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +143,7 @@ def main() -> None:
     if options.compile:
         works["ResNet-20 training step, compiled"] = partial(training_steps, True)
     results: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "bcoskit": bcoskit.__version__, "python": platform.python_version()},
         "ratios": {title: ratios(make(), options.rounds, title) for title, make in works.items()},
     }

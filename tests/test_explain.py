@@ -2,6 +2,7 @@
 
 import concurrent.futures
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -177,6 +178,8 @@ REFUSALS = {
     "target type": (lambda n, x: bcoskit.explain(n, x, 1.5), TypeError, "class index"),
     "target shape": (lambda n, x: bcoskit.explain(n, x, [1, 2]), ValueError, "one per sample"),
     "target tuple": (lambda n, x: bcoskit.explain(n, x, (1, 2, 3)), ValueError, "a list or a tensor"),
+    "empty slice": (lambda n, x: bcoskit.explain(n, x, (0, slice(9, 9), 0), to_layer="0"), ValueError, "nothing"),
+    "channels": (lambda n, x: bcoskit.explain(n, x, channel_dim=4), ValueError, r"`channel_dim` \(=4\)"),
     "no layer": (lambda n, x: bcoskit.explain(n, x, to_layer="nothing"), ValueError, "no layer of the network"),
     "map without position": (lambda n, x: bcoskit.explain(n, x, to_layer="0"), ValueError, "give a position"),
 }
@@ -206,6 +209,62 @@ def test_inference_mode_is_refused_and_no_grad_is_not():
         bcoskit.explain(network, x)
     with torch.no_grad():
         assert bcoskit.explain(network, x).weights.any()
+
+
+def test_targets_of_numpy_and_of_narrow_types():
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(384, 300)).eval(), inputs()
+    expected = bcoskit.explain(network, x, [232, 240, 100])
+    for target in (np.array([232, 240, 100]), torch.tensor([232, 240, 100], dtype=torch.uint8)):
+        e = bcoskit.explain(network, x, target)
+        assert torch.equal(e.target, expected.target)
+        assert torch.equal(e.weights, expected.weights)
+    assert torch.equal(bcoskit.explain(network, x, np.int64(7)).value, expected.logits[:, 7])
+    position = tuple(np.unravel_index(5, (8, 8, 8)))
+    e = bcoskit.explain(bcos_network(), x, position, to_layer="0")
+    assert torch.equal(e.value, e.logits.flatten(1)[:, 5])
+
+
+def test_inputs_are_left_alone_when_layers_write_to_them():
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.Hardtanh(-0.1, 0.1, inplace=True)).eval()
+    x = inputs() - 0.5
+    before = x.clone()
+    for leaf in (x, x.clone().requires_grad_()):
+        for layers in ({"from_layer": "1"}, {"to_layer": "1"}, {}):
+            e = bcoskit.explain(network, leaf, (0, 1, 1), shares=True, **layers)
+            assert torch.equal(leaf, before)
+            assert e.residual.abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="out of range"):
+        bcoskit.explain(network, x, (9, 1, 1), from_layer="1")
+    assert torch.equal(x, before)
+
+
+def test_compiled_networks_and_layers_run_uncompiled():
+    torch.compiler.reset()
+    expected = bcoskit.explain(bcos_network(), inputs(), 1, shares=True)
+    whole, itself, layer, twice = (bcos_network() for _ in range(4))
+    itself.compile(backend="aot_eager")
+    layer[2].compile(backend="aot_eager")
+    twice[2] = torch.compile(twice[2], backend="aot_eager")
+    reference = bcos_network()
+    function = torch.compile(lambda x: reference(x), backend="aot_eager")
+    for network in (torch.compile(whole, backend="aot_eager"), itself, layer, twice, function):
+        with torch.no_grad():
+            network(inputs())
+        e = bcoskit.explain(network, inputs(), 1, shares=True)
+        assert torch.equal(e.weights, expected.weights)
+        assert e.residual.abs().max() <= 1e-5
+    assert itself._compiled_call_impl is not None
+    assert type(twice[2]).__name__ == "OptimizedModule"
+    assert bcoskit.audit(layer, inputs()).passed
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_save_and_load_where_value_and_output_are_one_tensor(tmp_path, suffix):
+    e = bcoskit.explain(lambda x: x.flatten(1).sum(1), inputs())
+    e.save(tmp_path / f"e{suffix}")
+    loaded = bcoskit.Explanation.load(tmp_path / f"e{suffix}")
+    assert torch.equal(loaded.value, e.value)
+    assert loaded.target is None
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])

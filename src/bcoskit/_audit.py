@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._explain import check_inputs, explain, untouched
+from bcoskit._layers import uncompiled
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
@@ -76,7 +77,10 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
         ValueError: As `bcoskit.explain`; also if `W(x)` is 0 altogether, where every audit would pass in vain.
     """
     check_inputs(model, x)
-    network, inputs = copy.deepcopy(model).double(), x.double()
+    original = uncompiled(model)
+    if not isinstance(original, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
+    network, inputs = copy.deepcopy(original).double(), x.double()
     mode = LocatingMode(network, products)
     with untouched(x.device), mode:
         start = mode.start_at(inputs.detach().requires_grad_().clone())

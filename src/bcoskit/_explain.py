@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit._layers import run_between
+from bcoskit._layers import run_between, uncompiled
 from bcoskit._targets import Target, Versus, picked, select
 from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._constants import ConstantsMode
@@ -239,12 +239,13 @@ def explain(
         RuntimeError: If it is called in inference mode.
         NotLinearError: If the network is not dynamic linear.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     check_inputs(model, x)
     layers = (from_layer, to_layer)
     mode = explanation_mode(products=products, create_graph=create_graph)
     with untouched(x.device), mode:
         start, output = run_between(model, x, _entry(mode), *layers)
+        _check_channel_dim(channel_dim, start)
         _check_output(output, len(x))
         value, classes, others = select(output, target, versus)
         faults = tuple(violations(value, mode))
@@ -292,6 +293,15 @@ def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
             raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
     elif not callable(model):
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
+
+
+def _check_channel_dim(channel_dim: int | None, start: Tensor) -> None:
+    axes = start.ndim - 1
+    if channel_dim is not None and axes > 1 and not (1 <= channel_dim <= axes or -axes <= channel_dim <= -1):
+        raise ValueError(
+            f"`channel_dim` (={channel_dim}) must be an axis after the first of an input of shape "
+            f"{tuple(start.shape)}, or None"
+        )
 
 
 def _check_output(output: Tensor, samples: int) -> None:

@@ -21,7 +21,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     """
     if path.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors or .npz")
-    arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, since one tensor may be a view of another, which a .safetensors file refuses.
+    arrays = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(metadata)
     unfinished = path.with_name(f".{path.name}.partial")
     try:

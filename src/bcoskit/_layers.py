@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# The child that is the original network in what `torch.compile` returns; its class takes a second to import.
+_ORIGINAL = "_orig_mod"
+
 
 def run_between(
     model: Callable[..., Any],
@@ -54,7 +57,7 @@ def run_between(
         model = _with_report(model, to_layer, "to_layer", end_here)
     if from_layer is not None:
         model = _with_report(model, from_layer, "from_layer", start_here)
-        final = model(x)
+        final = model(x.clone())
     else:
         starts.append(enter(x))
         final = model(starts[0].clone())
@@ -62,6 +65,27 @@ def run_between(
         if layer is not None and len(outputs) != 1:
             raise ValueError(f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
     return starts[0], ends[0] if to_layer is not None else _tensor(final, "the network")
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The network or function that was compiled, since a compiled one has a backward pass of its own.
+
+    Compiled layers are undone in a copy of the network, which shares everything else with it.
+    """
+    if not isinstance(model, nn.Module):
+        return getattr(model, "_torchdynamo_orig_callable", model)
+    compiled = any(module._compiled_call_impl or _ORIGINAL in module._modules for module in model.modules())
+    return _uncompiled_copy(model, {}) if compiled else model
+
+
+def _uncompiled_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    original = module._modules.get(_ORIGINAL) or module
+    if original not in copies:  # a module may be used in several places
+        copy = copies[original] = _shallow_copy(original)
+        copy._compiled_call_impl = None
+        for name, child in original._modules.items():
+            copy._modules[name] = None if child is None else _uncompiled_copy(child, copies)
+    return copies[original]
 
 
 def _tensor(value: Any, what: str) -> Tensor:

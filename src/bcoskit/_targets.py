@@ -1,14 +1,18 @@
 """From what a caller asks to be explained to the values of an output."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Target: TypeAlias = int | Sequence[int] | Tensor | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | None
+Classes: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | npt.NDArray[np.integer[Any]]
+Target: TypeAlias = Classes | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | None
 """What of an output is explained; see `bcoskit.explain`."""
-Versus: TypeAlias = int | Sequence[int] | Tensor | None
+Versus: TypeAlias = Classes | None
 """Which class a class is compared with; see `bcoskit.explain`."""
 
 
@@ -58,7 +62,7 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
 def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
     """Class indices (N,) or (N, K), checked."""
     samples, count = output.shape
-    if isinstance(indices, bool) or not isinstance(indices, (int, Sequence, Tensor)) or isinstance(indices, str):
+    if isinstance(indices, (bool, str)) or not isinstance(indices, (Integral, Sequence, Tensor, np.ndarray)):
         raise TypeError(f"`{name}` (={indices!r}) must be a class index, or a list or tensor of class indices")
     try:
         chosen = torch.as_tensor(indices, device=output.device)
@@ -71,10 +75,11 @@ def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
             f"`{name}` of shape {tuple(chosen.shape)} must be one class, one per sample ({samples},), or several per "
             f"sample ({samples}, K)"
         )
+    chosen = chosen.long()  # in a narrow type the number of classes would overflow
     outside = chosen[(chosen < 0) | (chosen >= count)]
     if outside.numel():
         raise ValueError(f"`{name}` (={int(outside[0])}) is out of range, the output has the classes 0 to {count - 1}")
-    return chosen.long().expand(samples, *chosen.shape[1:])
+    return chosen.expand(samples, *chosen.shape[1:])
 
 
 def _broadcast(others: Tensor, classes: Tensor) -> Tensor:
@@ -102,9 +107,11 @@ def _at(output: Tensor, position: Any) -> Tensor:
             f"first of an output of shape {tuple(output.shape)}; for one class per sample give a list or a tensor"
         )
     for index, size in zip(position, output.shape[1:], strict=True):
-        if isinstance(index, bool) or not isinstance(index, (int, slice)):
+        if isinstance(index, bool) or not isinstance(index, (Integral, slice)):
             raise TypeError(f"`target` (={position!r}) must consist of integers and slices")
-        if isinstance(index, int) and not 0 <= index < size:
+        if isinstance(index, Integral) and not 0 <= int(index) < size:
             raise ValueError(f"`target` (={position!r}) is out of range for an output of shape {tuple(output.shape)}")
-    values = output[(slice(None), *position)]
+    values = output[(slice(None), *(index if isinstance(index, slice) else int(index) for index in position))]
+    if values.numel() == 0:
+        raise ValueError(f"`target` (={position!r}) selects nothing of an output of shape {tuple(output.shape)}")
     return values if values.ndim == 1 else values.flatten(1).sum(1)
