@@ -158,9 +158,11 @@ class TestDynamicLinear:
 @pytest.fixture(scope="module")
 def networks():
     resnet = pytest.importorskip("bcos.models.resnet")
-    norms = pytest.importorskip("bcos.modules.norms")
+    modules = pytest.importorskip("bcos.modules")
+    norm = modules.norms.NoBias(modules.norms.BatchNormUncentered2d)
     torch.manual_seed(0)
-    theirs = resnet.cifar10_resnet20(in_chans=6, norm_layer=norms.NoBias(norms.BatchNormUncentered2d))
+    conv = partial(modules.BcosConv2d, b=2, max_out=2)
+    theirs = resnet.cifar10_resnet20(in_chans=6, norm_layer=norm, conv_layer=conv)
     theirs = randomized(theirs.double().eval())
     ours = create_model("resnet20.bcos_cifar10").double()
     state = {ours_key(key): value for key, value in theirs.state_dict().items()}

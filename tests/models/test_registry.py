@@ -207,7 +207,7 @@ class TestSaveModel:
 
         assert "must end in .safetensors" in refused_to_save(ValueError, path=tmp_path / "x.npz")
         assert "'nothing' is neither" in refused_to_save(ValueError, name="nothing")
-        assert "`fc.conv.weight` of shape (3, 64, 1, 1)" in refused_to_save(ValueError, classes=("a", "b"))
+        assert "`fc.conv.weight` of shape (6, 64, 1, 1)" in refused_to_save(ValueError, classes=("a", "b"))
         assert "is not resnet20.standard" in refused_to_save(ValueError, name=STANDARD)
         assert "No such file" in refused_to_save(OSError, path=tmp_path / "absent" / "x.safetensors")
         ruined = create_model(BCOS, num_classes=3)
@@ -318,7 +318,7 @@ class TestWeightsThatDoNotFit:
 
     def test_shapes(self, tmp_path, network):
         message = self.changed(tmp_path, network, conv1__weight=torch.zeros(16, 3, 3, 3))
-        assert message.endswith("`conv1.weight` of shape (16, 3, 3, 3) instead of (16, 6, 3, 3)")
+        assert message.endswith("`conv1.weight` of shape (16, 3, 3, 3) instead of (32, 6, 3, 3)")
         message = self.changed(tmp_path, network, bn1__weight=torch.ones(16, 1))
         assert message.endswith("`bn1.weight` of shape (16, 1) instead of (16,)")
 
@@ -393,7 +393,7 @@ class TestHostileDescriptions:
         assert "its `classes` (=" in message(description(classes=value))
 
     def test_number_of_classes(self, message):
-        assert "of shape (3, 64, 1, 1) instead of (2, 64, 1, 1)" in message(description(classes=["a", "b"]))
+        assert "of shape (6, 64, 1, 1) instead of (4, 64, 1, 1)" in message(description(classes=["a", "b"]))
         # No network with a million classes is built, only to be thrown away.
         many = message(description(classes=["x"] * 1_000_000))
         assert many.endswith("names 1000000 classes, but no weight has as many rows")
