@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bcoskit._command_pictures import count_images, with_pictures
 from bcoskit._explain import Explanation, explain
+from bcoskit._files import unfinished_file
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
@@ -148,10 +149,12 @@ class _Network:
 
 def _readable(files: Iterator[tuple[Path, Path]], transform: ImageTransform, report: "_Report") -> Iterator[_Item]:
     for path, picture in files:
+        image = None
         try:
-            yield _Item(path, picture, transform.view(read_image(path)))
+            image = read_image(path)
+            yield _Item(path, picture, transform.view(image))
         except ImageError as error:
-            report.failed(path, str(error))
+            report.failed(path, str(error) if image is None else f"{path}: {error}")
 
 
 def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
@@ -164,7 +167,7 @@ def _write(item: _Item, explanation: Explanation, network: _Network, probabiliti
     colored = network.transform.encoding == "bcos"
     rows = [
         SheetRow(
-            f"{network.classes[int(index)]}\np = {probability:.3f}, logit {value:.2f}",
+            f"{_cell(network.classes[int(index)])}\np = {probability:.3f}, logit {value:.2f}",
             explanation.contributions[0, rank],
             explanation.weights[0, rank] if colored else None,
         )
@@ -175,7 +178,7 @@ def _write(item: _Item, explanation: Explanation, network: _Network, probabiliti
     smooth = max(1, round(item.image.width / 30)) | 1
     page = sheet(item.image, rows, title=printable(item.path.name), smooth=smooth)
     item.picture.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = item.picture.with_name(f".{item.picture.name}.partial")
+    unfinished = unfinished_file(item.picture)
     try:
         page.save(unfinished, format="PNG")
         unfinished.replace(item.picture)
@@ -203,7 +206,8 @@ class _Report:
         )
         columns = (TextColumn("Explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # The bar shares the terminal with the table; what is no terminal stays free of it.
-        self._progress = Progress(*columns, console=self._errors if self.json else self._console, transient=True)
+        shared = self._console.is_terminal and not self.json
+        self._progress = Progress(*columns, console=self._console if shared else self._errors, transient=True)
         self._task = self._progress.add_task("Explaining", total=self.total)
         self._width = max(len("class"), *(len(_cell(name)) for name in self.classes))
 

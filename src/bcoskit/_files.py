@@ -1,6 +1,8 @@
 """Tensors with metadata in one file, written whole or not at all."""
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     # Copies, since one tensor may be a view of another, which a .safetensors file refuses.
     arrays = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(metadata)
-    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished = unfinished_file(path)
     try:
         if path.suffix == ".safetensors":
             unfinished.write_bytes(save(arrays, {_KEY: text}))
@@ -36,6 +38,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def unfinished_file(path: Path) -> Path:
+    """Where a file is written before it takes its place; the name is short, whatever the file's own is."""
+    return path.with_name(f".{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -119,7 +120,10 @@ def _run(arguments: list[str]) -> int:
         return int(stop.code or 0)
     values = dict(vars(options))
     values.pop("config", None)
-    result = function(**values)
+    with warnings.catch_warnings():
+        # Of damaged images, which get a line of their own.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        result = function(**values)
     if isinstance(result, int):
         return result
     sys.stdout.writelines(f"{name}: {value:.4f}\n" for name, value in result.items())

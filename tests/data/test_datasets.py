@@ -405,3 +405,17 @@ class TestRealData:
         images = in_memory(few).images
         assert images.shape == (64, 3, 32, 32)
         torch.testing.assert_close(images[3] / 255, torchvision.transforms.functional.to_tensor(dataset[3][0]))
+
+
+def test_class_names_are_names(tmp_path):
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(TypeError, match="must be a list of names"):
+        ImageDataset([image], [0], [1, 2])
+    with pytest.raises(TypeError, match="must be a list of names"):
+        ImageDataset([image], [0], "ab")
+
+    def elongated(_image):
+        raise ImageError("an image of 4x4 pixels is too elongated")
+
+    with pytest.raises(ImageError, match="image 0: an image of 4x4"):
+        ImageDataset([image], [0], ["a"], elongated)[0]

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from bcoskit.data import ImageError, find_images
+from bcoskit.data import ImageError, find_images, read_image
 
 
 @pytest.fixture
@@ -115,8 +115,17 @@ def test_unreadable_folders_are_named(tree, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
+    # It is yielded among the images, which are found all the same, and whoever reads it is told why.
+    files = list(find_images(["set"]))
+    (folder,) = [file for file in files if file.name == "deep"]
+    assert len(files) > 1
     with pytest.raises(ImageError, match="deep: Permission denied"):
-        found("set")
+        read_image(folder)
+
+
+def test_empty_paths_are_refused():
+    with pytest.raises(ImageError, match="empty"):
+        list(find_images([""]))
 
 
 def test_a_single_string_is_refused():

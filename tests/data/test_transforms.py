@@ -92,6 +92,10 @@ def test_plain_values():
     ("arguments", "message"),
     [
         ({"size": 0}, r"`size` \(=0\)"),
+        ({"size": 32.5}, r"`size` \(=32.5\) must be an integer"),
+        ({"size": True}, r"`size` \(=True\) must be an integer"),
+        ({"size": 8, "resize": 9.5}, r"`resize` \(=9.5\) must be an integer"),
+        ({"size": 8, "mean": (float("nan"), 0.5, 0.5)}, r"`mean` .* must be finite"),
         ({"size": 224, "resize": 223}, r"`resize` \(=223\) must be at least `size` \(=224\)"),
         ({"size": 8, "interpolation": "nearest"}, r"`interpolation` \(='nearest'\)"),
         ({"size": 8, "channels": 2}, r"`channels` \(=2\)"),
@@ -104,6 +108,18 @@ def test_plain_values():
 def test_bad_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageTransform(**arguments)
+
+
+@pytest.mark.parametrize("encoding", ["bcos", "normalized"])
+def test_pixels_that_are_no_rgb_are_refused(encoding):
+    transform = ImageTransform(8, encoding=encoding)
+    for shape in ((5, 8, 8), (1, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"must be RGB pixels"):
+            transform.encode_pixels(torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="got ndarray"):
+        transform.encode_pixels(np.zeros((3, 8, 8), np.uint8))
+    with pytest.raises(TypeError, match=r"got torch\.float32"):
+        transform.encode_pixels(torch.zeros(3, 8, 8))
 
 
 def test_elongated_images_do_not_fill_the_memory():

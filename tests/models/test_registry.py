@@ -208,7 +208,11 @@ class TestSaveModel:
         assert "must end in .safetensors" in refused_to_save(ValueError, path=tmp_path / "x.npz")
         assert "'nothing' is neither" in refused_to_save(ValueError, name="nothing")
         assert "`fc.conv.weight` of shape (6, 64, 1, 1)" in refused_to_save(ValueError, classes=("a", "b"))
-        assert "is not resnet20.standard" in refused_to_save(ValueError, name=STANDARD)
+        assert "needs encoding 'normalized'" in refused_to_save(ValueError, name=STANDARD)
+        standard = create_model(STANDARD, num_classes=3)
+        assert "is not resnet20.bcos" in refused_to_save(ValueError, model=standard)
+        assert "must be a list of names" in refused_to_save(TypeError, classes="abc")
+        assert "must be a list of names" in refused_to_save(ValueError, classes=range(3))
         assert "No such file" in refused_to_save(OSError, path=tmp_path / "absent" / "x.safetensors")
         ruined = create_model(BCOS, num_classes=3)
         with torch.no_grad():

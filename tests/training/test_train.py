@@ -545,3 +545,13 @@ def contents(root):
 
 def _pixels(image):
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(32, 32, 3).permute(2, 0, 1)
+
+
+def test_a_trained_model_without_checkpoint_is_not_overwritten(data, tmp_path, finished):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a trained model, and no checkpoint"):
+        run(data, out, epochs=3, resume=True)
+    assert (out / "model.safetensors").read_bytes() == before

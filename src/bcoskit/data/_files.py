@@ -15,7 +15,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
 
     - A file is yielded whatever its name.
     - A folder yields the images in it and below it, in the order of their names. Hidden files and folders are
-      left out; symbolic links are followed, each folder being visited once.
+      left out; symbolic links are followed, each folder being visited once. A folder below it that cannot be
+      listed is yielded itself.
     - A pattern (with `*`, `?` or `[`, `**` for any depth) yields the images that it matches. Hidden files and
       folders are left out, and `**` does not follow symbolic links.
 
@@ -42,6 +43,8 @@ def expand(path: str | os.PathLike[str], suffixes: Collection[str]) -> Iterator[
     Raises:
         ImageError: If there is no such file.
     """
+    if not os.fspath(path):
+        raise ImageError("a path is empty")
     given = Path(path)
     if given.is_dir():
         files = _walk(given)
@@ -54,7 +57,7 @@ def expand(path: str | os.PathLike[str], suffixes: Collection[str]) -> Iterator[
         raise ImageError(f"{given}: no such file or folder")
     empty = True
     for file in files:
-        if file.suffix.lower() in suffixes:
+        if file.suffix.lower() in suffixes or file.is_dir():
             empty = False
             yield file
     if empty:
@@ -70,7 +73,10 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield Path(entry.path)
         elif (identity := _identity(entry)) not in visited:
             visited.add(identity)
-            pending.extend(reversed(_entries(entry)))
+            try:
+                pending.extend(reversed(_entries(entry)))
+            except ImageError:
+                yield Path(entry.path)  # whoever reads it is told why; the other folders are none the worse
 
 
 def _match(pattern: Path) -> Iterator[Path]:
@@ -111,7 +117,10 @@ def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     # `entry.is_dir()` alone raises at a link that points to itself.
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
+    try:
+        return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
+    except OSError:  # of what may not be looked at
+        return False
 
 
 def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:

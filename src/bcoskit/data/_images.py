@@ -120,6 +120,7 @@ def _stream(source: str | os.PathLike[str] | bytes | BinaryIO) -> AbstractContex
         case str() | os.PathLike():
             mode = Path(source).stat().st_mode
             if stat.S_ISDIR(mode):
+                os.scandir(source).close()  # raises if the folder is one that may not be listed
                 raise ImageError("is a folder, not an image file")
             if not stat.S_ISREG(mode):
                 raise ImageError("is not a regular file")  # opening a pipe would wait for its other end

@@ -34,7 +34,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     Raises:
         ImageError: If there are no images, not as many labels, or labels outside [0, len(classes)).
-        TypeError: If `labels` are not integers.
+        TypeError: If `labels` are not integers, or `classes` no names.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         low, high = (int(bound) for bound in self.labels.aminmax())
         if low < 0 or high >= len(classes):
             raise ImageError(f"labels from {low} to {high} do not fit {len(classes)} classes")
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
         self.classes = tuple(classes)
         self.transform = transform
         self._images = images
@@ -67,6 +69,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         try:
             image = read_image(self._images[index])
+            item = image if self.transform is None else self.transform(image)
         except ImageError as error:
             raise ImageError(f"image {index}: {error}") from error
-        return image if self.transform is None else self.transform(image), int(self.labels[index])
+        return item, int(self.labels[index])

@@ -188,7 +188,11 @@ def _class_names(schema: "pa.Schema", column: str, path: Path) -> tuple[str, ...
         names = json.loads(metadata)["info"]["features"][column].get("names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ImageError(f"{path}: its `huggingface` metadata does not describe column {column!r}") from error
-    return None if names is None else tuple(names)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ImageError(f"{path}: its `huggingface` metadata names the classes {names!r:.200}, no list of names")
+    return tuple(names)
 
 
 def _index_labels(values: list[Any], names: tuple[str, ...] | None) -> tuple[list[int], Sequence[str]]:

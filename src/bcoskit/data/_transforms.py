@@ -1,5 +1,6 @@
 """From a picture to the tensor that a network sees."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,14 @@ class ImageTransform:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))  # JSON has lists only
         object.__setattr__(self, "std", tuple(self.std))
+        for name in ("size", "resize", "channels"):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "resize" and value is None):
+                raise ValueError(f"`{name}` (={value!r}) must be an integer")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+                raise ValueError(f"`{name}` (={values!r}) must be finite numbers")
         if self.size < 1:
             raise ValueError(f"`size` (={self.size}) must be positive")
         if self.resize is not None and self.resize < self.size:
@@ -86,9 +95,13 @@ class ImageTransform:
 
         Raises:
             TypeError: If `values` are not uint8.
+            ValueError: If they are not RGB.
         """
-        if values.dtype != torch.uint8:
-            raise TypeError(f"`values` must be uint8 pixels, got {values.dtype}")
+        if not isinstance(values, Tensor) or values.dtype != torch.uint8:
+            kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"`values` must be a tensor of uint8 pixels, got {kind}")
+        if values.ndim < 3 or values.shape[-3] != 3:
+            raise ValueError(f"`values` has shape {tuple(values.shape)}, must be RGB pixels (..., 3, H, W)")
         x = values[..., : self.channels, :, :].to(torch.float32) / 255
         if self.encoding == "bcos":
             return encode(x)

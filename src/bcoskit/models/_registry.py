@@ -175,26 +175,30 @@ def save_model(
             networks compute with them in single precision as ever.
 
     Raises:
+        TypeError: If `classes` is a single string.
         ValueError: If there is no network of that name, `model` is another one or has another number of classes, a
-            weight is not finite, or `path` has another suffix.
+            weight is not finite, classes or transform are of no use to it, or `path` has another suffix.
     """
     row, path = model_row(name), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
-    with torch.random.fork_rng(devices=()):
-        expected = row.build(len(classes)).state_dict()
-    tensors = model.state_dict()
-    if half:
-        tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
-    fault = _fault(tensors, expected)
-    if fault is not None:
-        raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
+    if isinstance(classes, str):
+        raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
     description = {
         "model": name,
         "classes": list(classes),
         "transform": asdict(transform),
         "training": dict(training or {}),
     }
+    tensors = model.state_dict()
+    _described(path, tensors, description)  # as it will be read
+    with torch.random.fork_rng(devices=()):
+        expected = row.build(len(classes)).state_dict()
+    if half:
+        tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
+    fault = _fault(tensors, expected)
+    if fault is not None:
+        raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
     write_tensors(path, tensors, description)
 
 
@@ -253,7 +257,7 @@ def _described(path: Path, tensors: Mapping[str, Tensor], description: Mapping[s
         raise WeightsError(f"{path}: holds weights of an unknown network, {reprlib.repr(name)}")
     if not isinstance(classes, list) or not classes or not all(isinstance(each, str) for each in classes):
         raise WeightsError(f"{path}: its `classes` (={reprlib.repr(classes)}) must be a list of names")
-    if len(classes) > max((len(tensor) for tensor in tensors.values() if tensor.ndim), default=0):
+    if len(classes) > max((len(tensor) for tensor in tensors.values() if tensor.ndim and tensor.numel()), default=0):
         # Seen before a network is built, which might be far larger than the file.
         raise WeightsError(f"{path}: names {len(classes)} classes, but no weight has as many rows")
     row = _ROWS[name]

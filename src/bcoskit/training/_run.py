@@ -155,6 +155,8 @@ def _settings_before(out: Path, resume: bool) -> dict[str, Any]:
     if not resume and (checkpoint.exists() or (out / _MODEL).exists()):
         raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
     if not checkpoint.exists():
+        if (out / _MODEL).exists():
+            raise ValueError(f"`out` (={str(out)!r}) holds a trained model, and no checkpoint; choose another folder")
         return {}
     try:
         parts = torch.load(checkpoint, map_location="cpu", weights_only=True).keys()
