@@ -416,3 +416,91 @@ def test_parameters_stay_themselves_inside():
 
     x = torch.randn(2, 6)
     torch.testing.assert_close(bcoskit.explain(renormed, x).logits, renormed(x).detach())
+
+
+SATURATIONS = {
+    "clamp": lambda x: x.clamp(0, 1),
+    "clamp in place": lambda x: (x * 1).clamp_(0, 1),
+    "relu6": lambda x: nn.functional.relu6(6 * x),
+    "hardtanh": lambda x: nn.functional.hardtanh(x, 0, 1),
+    "maximum": lambda x: torch.maximum(x, torch.ones(1, dtype=x.dtype)),
+    "minimum": lambda x: torch.minimum(x, 1 - x.flip(1)),
+}
+
+
+@pytest.mark.parametrize("kind", SATURATIONS)
+def test_saturation_at_the_bound_itself(kind):
+    x = torch.tensor([[0.0, 1.0, 0.5, -1.0, 2.0, 1.0]], dtype=torch.float64)
+    for target in range(6):
+        e = bcoskit.explain(SATURATIONS[kind], x, target, shares=True)
+        assert e.residual.abs().max() <= 1e-12
+
+
+def test_names_of_shares_stay_short():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.b(torch.tanh(self.a(x)))
+
+    network = nn.Sequential(*(Block() for _ in range(12))).double().eval()
+    e = bcoskit.explain(network, torch.rand(1, 6).double(), 1, from_layer="11.a", shares=True)
+    assert e.residual.abs().max() <= 1e-10
+    assert max(len(name) for name in e.shares) < 100
+
+
+def test_what_changes_gradients_behind_the_graph_is_refused():
+    x = torch.rand(2, 6)
+
+    def hooked(x):
+        y = x * 1
+        y.register_hook(lambda gradient: 3 * gradient)
+        return y
+
+    def ungraphed(x):
+        y = x * 1
+        with torch.no_grad():
+            y.clamp_(0.3, 0.6)
+        return y
+
+    class _FreezeFunction(torch.autograd.Function):  # the name alone hides nothing
+        @staticmethod
+        def forward(ctx, x):
+            return x.exp()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    for network, message in (
+        (hooked, "remove the hook"),
+        (ungraphed, "write to a copy"),
+        (_FreezeFunction.apply, "its own backward"),
+    ):
+        with pytest.raises(bcoskit.NotLinearError, match=message):
+            bcoskit.explain(network, x, 1)
+    with pytest.raises(TypeError, match="run the network in float32"):
+        bcoskit.explain(lambda x: x.bfloat16(), x, 1)
+    with pytest.raises(ValueError, match="Explain the logits"):
+        bcoskit.explain(lambda x: x.softmax(1), x, 1)
+
+
+def test_views_that_change_their_shape_in_place():
+    def turned(x):
+        y = (x * 1).view(-1, 2, 3)
+        view = y[:, :2, :2]
+        view.transpose_(1, 2)
+        return view.reshape(-1, 4) + y[:, :, :2].reshape(-1, 4)
+
+    def rounded(x):
+        y = x * 1
+        y.div_(0.1, rounding_mode="floor")
+        return y + x
+
+    x = torch.rand(2, 6).double()
+    for network in (turned, rounded):
+        e = bcoskit.explain(network, x, 1, shares=True)
+        torch.testing.assert_close(e.logits, network(x))
+        assert e.residual.abs().max() <= 1e-12

@@ -310,8 +310,15 @@ def _check_output(output: Tensor, samples: int) -> None:
             f"the output has dtype {output.dtype} and shape {tuple(output.shape)}, must be floating point with "
             f"{samples} samples first"
         )
+    if output.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"the output has dtype {output.dtype}, in which W(x) is not exact: let the network run in float32"
+        )
     if not output.requires_grad:
-        raise ValueError("the output has no gradient path to the input: does the network detach, or run in no_grad?")
+        raise ValueError(
+            "the output has no gradient path to the input: does the network detach, run in no_grad, or end in a "
+            "softmax or sigmoid, which are constants of an explanation? Explain the logits"
+        )
     if not bool(torch.isfinite(output).all()):
         raise ValueError("the output holds values that are not finite")
 

@@ -269,7 +269,7 @@ def _is_linear(b: float | Tensor) -> bool:
 
 def _precisely(x: Tensor) -> AbstractContextManager[object]:
     """Norms are sums of squares: autocast must not compute them in half precision."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
@@ -294,7 +294,7 @@ def _scaled_by_groups(y: Tensor, norm: Tensor, b: float | Tensor, groups: int) -
 
 def _finish(y: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     y = y if scale == 1 else y / scale
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _per_dimension(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:

@@ -353,3 +353,10 @@ def test_parity_of_the_scaled_layer() -> None:
     official.linear.load_state_dict({"weight": weight})
     layer = layer_of(weight, max_out=2, scale=(3 * 3 * 4) ** 0.5 / 100)
     torch.testing.assert_close(layer(x), official(x), rtol=0, atol=1e-10)
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        layer = BcosConv2d(3, 4, 3)
+    assert layer.weight.is_meta
+    assert layer(torch.empty(1, 3, 5, 5, device="meta")).shape == (1, 4, 3, 3)

@@ -21,6 +21,9 @@ _SATURATING = frozenset(
     """.split()
 )
 
+# A constant that is computed from many is named by as many.
+_MOST_NAMES = 4
+
 
 class ConstantsMode(ExplanationMode):
     """An `explanation_mode` that collects the share of every constant of one sample's output.
@@ -38,11 +41,11 @@ class ConstantsMode(ExplanationMode):
         self.shares: dict[str, Tensor] = {}
         self._places = Places(model)
         # Constants computed from named ones keep their names; the tensors are kept, so that no id is used twice.
-        self._names: dict[int, str] = {}
+        self._names: dict[int, frozenset[str]] = {}
         self._kept: list[Tensor] = []
         if isinstance(model, nn.Module):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                self._names[id(tensor)] = name
+                self._names[id(tensor)] = frozenset([name])
 
     def _without_parameter(self, value: Any) -> Any:
         frozen = super()._without_parameter(value)
@@ -54,33 +57,43 @@ class ConstantsMode(ExplanationMode):
         """Call the operation, and listen for the gradient of its output if it has a constant."""
         if not any(self.depends_on_input(tensor) for tensor in tensors_in((args, kwargs))):
             output = super().natural(func, args, kwargs)
-            names = sorted(
-                {self._names[id(tensor)] for tensor in tensors_in((args, kwargs)) if id(tensor) in self._names}
-            )
+            names = frozenset[str]().union(*(self._names.get(id(tensor), ()) for tensor in tensors_in((args, kwargs))))
             for tensor in tensors_in(output) if names else ():
-                self._name(tensor, " · ".join(names))
+                self._name(tensor, names)
             return output
-        before = self._at_zero(func, args, kwargs)
-        live = [t.detach().clone() for t in tensors_in((args, kwargs)) if self.depends_on_input(t)]
-        kept = live if _saturates(func, args, kwargs) else None
+        saturates = _saturates(func, args, kwargs)
+        constants = iter([self._of_saturation(func, args, kwargs)] if saturates else self._at_zero(func, args, kwargs))
         output = super().natural(func, args, kwargs)
-        constants = iter(before)
 
         def listen(tensor: Tensor) -> Tensor:
-            constant = next(constants)
-            if kept is not None:
-                passed = [tensor.detach() == value for value in kept]
-                constant = torch.where(torch.stack(torch.broadcast_tensors(*passed)).any(0), 0, tensor.detach())
-            return self._listen(func, args, kwargs, tensor, constant)
+            return self._listen(func, args, kwargs, tensor, next(constants))
 
         if output is None:  # as of `x[...] = y`, whose result is its first argument
             listen(args[0])
             return None
         return _map(output, listen)
 
-    def _name(self, tensor: Tensor, name: str) -> None:
-        self._names[id(tensor)] = name
+    def _name(self, tensor: Tensor, names: frozenset[str]) -> None:
+        self._names[id(tensor)] = names
         self._kept.append(tensor)
+
+    def _of_saturation(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The constant of an operation that passes its input on, or a bound: `y - Σ ∂y/∂x · x`, entry by entry."""
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors_in((args, kwargs))))
+        leaves: list[Tensor] = []
+
+        def leaf(tensor: Tensor) -> Tensor:
+            if not self.depends_on_input(tensor):
+                return tensor.detach().clone()
+            leaves.append(tensor.detach().expand(shape).clone().requires_grad_())
+            return leaves[-1].clone()  # the operation may be one in place
+
+        arguments, keywords = _map((args, kwargs), leaf)
+        with torch.enable_grad():
+            output: Tensor = func(*arguments, **keywords)
+            slopes = torch.autograd.grad(output.sum(), leaves)
+        passed = torch.stack([slope * value.detach() for slope, value in zip(slopes, leaves, strict=True)])
+        return output.detach() - passed.sum(0)
 
     def _at_zero(
         self,
@@ -141,15 +154,18 @@ class ConstantsMode(ExplanationMode):
     ) -> str:
         """The names of the constants without which the operation would output something else at 0."""
         named = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._names]
-        names = {self._names[id(tensor)] for tensor in named}
-        if len(names) > 1:
-            names = {
+        groups = {self._names[id(tensor)] for tensor in named}
+        if len(groups) > 1:
+            groups = {
                 self._names[id(tensor)]
                 for tensor in named
                 if not torch.equal(self._at_zero(func, args, kwargs, without=tensor)[0], constant)
             }
+        names = sorted(frozenset[str]().union(*groups))
         if names:
-            return " · ".join(sorted(names))
+            return " · ".join(names[:_MOST_NAMES]) + (
+                f" · {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else ""
+            )
         number = self._places.name_of_number([value for value in (*args, *kwargs.values()) if isinstance(value, float)])
         if number:
             return number

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bcoskit.dynamic._mode import (
-    FREEZE_NODE,
     WRITE,
     ExplanationMode,
     ProductPolicy,
+    is_freeze,
     name_of,
     node_depends_on_input,
     tensors_in,
@@ -101,7 +101,7 @@ def violations(output: Tensor, mode: ExplanationMode) -> Iterator[Violation]:
     seen: set[Any] = set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen or node.name() == FREEZE_NODE:
+        if node is None or node in seen or is_freeze(node):
             continue
         seen.add(node)
         reason = _fault(node, mode.marked)

@@ -34,7 +34,11 @@ class _FreezeFunction(torch.autograd.Function):
         return None if ctx.mode.entered else gradients[0], None
 
 
-FREEZE_NODE = "_FreezeFunctionBackward"
+def is_freeze(node: Any) -> bool:
+    """Whether a node of the graph is that of a factor frozen with `create_graph`."""
+    return isinstance(node, getattr(_FreezeFunction, "_backward_cls"))  # noqa: B009 - torch does not declare it
+
+
 # Notes in the metadata of graph nodes: what depends on any input, and on the one that was marked.
 WRITE = "bcoskit_write"
 _CHECKPOINTING = (
@@ -145,6 +149,13 @@ class ExplanationMode(TorchFunctionMode):
         if torch.compiler.is_compiling() or not isinstance(target, Tensor) or not writes(func, kwargs):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _METADATA_WRITES:
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled() and self.depends_on_input(target):
+            raise NotLinearError(
+                f"`{name}` writes to a tensor that depends on the input under `torch.no_grad()`, where its gradient "
+                "is not changed with it: write to a copy"
+            )
         if not target._is_view() and name != "__setitem__":
             return func(*args, **kwargs)
         # The graph shows a write to a view as a copy of slices, and not what was computed: the computation is done
@@ -152,7 +163,9 @@ class ExplanationMode(TorchFunctionMode):
         if name in _LINEAR_WRITES or "inplace" in kwargs:
             output = func(*args, **kwargs)
         else:
-            twin = getattr(Tensor, f"__{name[3:]}" if name in _OPERATORS else name[:-1])
+            twin = getattr(Tensor, f"__{name[3:]}" if name in _OPERATORS else name[:-1], None)
+            if twin is None:
+                return func(*args, **kwargs)
             output = target.copy_(twin(target.clone(), *args[1:], **kwargs))
         node: Any = (target._base if target._is_view() else target).grad_fn  # pyright: ignore[reportOptionalMemberAccess]
         if node is not None:
@@ -185,6 +198,11 @@ _OPERATORS = frozenset(
     """
     __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __ifloordiv__ __imod__ __iand__ __ior__ __ixor__
     __ilshift__ __irshift__ __imatmul__
+    """.split()
+)
+_METADATA_WRITES = frozenset(
+    """
+    t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ requires_grad_ detach_ rename_ share_memory_
     """.split()
 )
 _LINEAR_WRITES = frozenset(
@@ -291,7 +309,7 @@ def node_depends_on_input(root: Any, marked: bool) -> bool:
         pending = [parent for parent in parents if key not in parent.metadata]
         if key in node.metadata:
             stack.pop()
-        elif node.name() == FREEZE_NODE:
+        elif is_freeze(node):
             node.metadata[key] = False
         elif hasattr(node, "variable"):
             node.metadata[key] = not marked and not isinstance(node.variable, torch.nn.Parameter)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 
@@ -24,7 +23,9 @@ class BcosArguments(nn.Module):
                     f"() or ({out_features},), one exponent per output"
                 )
             b = b if isinstance(b, nn.Parameter) else nn.Parameter(b.detach().clone())
-        if not bool(torch.as_tensor(b >= 1).all()) or not bool(torch.as_tensor(b).isfinite().all()):
+        # A meta tensor has no values.
+        known = not isinstance(b, Tensor) or not b.is_meta
+        if known and not (bool(((b >= 1) & b.isfinite()).all()) if isinstance(b, Tensor) else 1 <= b < math.inf):
             raise ValueError(f"`b` (={b}) must be a finite exponent of at least 1")
         if not math.isfinite(scale) or scale <= 0:
             raise ValueError(f"`scale` (={scale}) must be a finite divisor above 0")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bcoskit.dynamic._mode import ExplanationMode, Handler
+from bcoskit.dynamic._mode import ExplanationMode, Handler, NotLinearError, writes
 from bcoskit.dynamic.rules._table import enter, functions, in_place, rewrite
 
 _CONSTANTS = """
@@ -33,6 +33,8 @@ def _freezing(position: int, keyword: str) -> Handler:
 
     def handle(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("rounding_mode") is not None:
+            if writes(func, kwargs):
+                return rewrite(in_place(torch.div))(mode, func, args, kwargs)
             return _all_frozen(mode, func, args, kwargs)
         values = tuple(_freeze(mode, value) if index == position else value for index, value in enumerate(args))
         named = {name: _freeze(mode, value) if name == keyword else value for name, value in kwargs.items()}
@@ -49,7 +51,12 @@ def _freeze(mode: ExplanationMode, value: Any) -> Any:
     return value
 
 
+def _refuse_hook(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise NotLinearError("a hook on a tensor may change its gradient, and W(x) with it: remove the hook to explain")
+
+
 def _register() -> None:
+    enter(functions("register_hook"), _refuse_hook)
     for name in _CONSTANTS:
         enter(functions(name), _all_frozen)
         for write in functions(f"{name}_"):
