@@ -481,7 +481,7 @@ def test_what_changes_gradients_behind_the_graph_is_refused():
     ):
         with pytest.raises(bcoskit.NotLinearError, match=message):
             bcoskit.explain(network, x, 1)
-    with pytest.raises(TypeError, match="run the network in float32"):
+    with pytest.raises(TypeError, match="let the network run in float32"):
         bcoskit.explain(lambda x: x.bfloat16(), x, 1)
     with pytest.raises(ValueError, match="Explain the logits"):
         bcoskit.explain(lambda x: x.softmax(1), x, 1)
