@@ -504,3 +504,16 @@ def test_views_that_change_their_shape_in_place():
         e = bcoskit.explain(network, x, 1, shares=True)
         torch.testing.assert_close(e.logits, network(x))
         assert e.residual.abs().max() <= 1e-12
+
+
+def test_dropout_that_never_ends_is_refused():
+    x = torch.rand(2, 6)
+    for network in (
+        nn.functional.dropout,
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: nn.functional.alpha_dropout(x, training=True),
+    ):
+        with pytest.raises(bcoskit.NotLinearError, match="is random"):
+            bcoskit.explain(network, x, 1)
+    for network in (nn.Dropout(0.5).eval(), lambda x: nn.functional.dropout(x, 0.5, False), lambda x: x * 1):
+        assert torch.equal(bcoskit.explain(network, x, 1).value, x[:, 1])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bcoskit.dynamic._mode import ExplanationMode, Handler, NotLinearError, writes
+from bcoskit.dynamic._mode import ExplanationMode, Handler, NotLinearError, name_of, writes
 from bcoskit.dynamic.rules._table import enter, functions, in_place, rewrite
 
 _CONSTANTS = """
@@ -55,7 +55,18 @@ def _refuse_hook(mode: ExplanationMode, func: Callable[..., Any], args: tuple[An
     raise NotLinearError("a hook on a tensor may change its gradient, and W(x) with it: remove the hook to explain")
 
 
+def _dropout(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    named = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+    if named.get("training", named.get("train", True)) and named.get("p", 0.5) > 0:
+        raise NotLinearError(
+            f"`{name_of(func)}` is random, so that no output has one explanation: give it `training=self.training`"
+        )
+    return mode.natural(func, args, kwargs)
+
+
 def _register() -> None:
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
+        enter(functions(name) + functions(f"{name}_"), _dropout)
     enter(functions("register_hook"), _refuse_hook)
     for name in _CONSTANTS:
         enter(functions(name), _all_frozen)
