@@ -517,3 +517,8 @@ def test_dropout_that_never_ends_is_refused():
             bcoskit.explain(network, x, 1)
     for network in (nn.Dropout(0.5).eval(), lambda x: nn.functional.dropout(x, 0.5, False), lambda x: x * 1):
         assert torch.equal(bcoskit.explain(network, x, 1).value, x[:, 1])
+
+
+def test_an_empty_network_that_was_compiled():
+    x = torch.rand(2, 6)
+    assert torch.equal(bcoskit.explain(torch.compile(nn.Sequential().eval(), backend="eager"), x, 1).value, x[:, 1])

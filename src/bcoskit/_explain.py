@@ -326,7 +326,7 @@ def _check_output(output: Tensor, samples: int) -> None:
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off inside; random state afterwards as before."""
-    # Restored only if the network drew numbers, so that other threads' random state is left alone.
+    # Torch has one state for all threads: numbers that others draw meanwhile are drawn once more after this.
     states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):

@@ -79,7 +79,8 @@ def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    original = module._modules.get(_ORIGINAL) or module
+    inner = module._modules.get(_ORIGINAL)
+    original = module if inner is None else inner
     if original not in copies:  # a module may be used in several places
         copy = copies[original] = _shallow_copy(original)
         copy._compiled_call_impl = None

@@ -127,7 +127,7 @@ def test_gradcheck(kind: reference.NormKind, centered: bool) -> None:
 
     for training in (True, False):
         norm.train(training)
-        torch.autograd.gradcheck(run, (maps().requires_grad_(), *norm.parameters()))
+        assert torch.autograd.gradcheck(run, (maps().requires_grad_(), *norm.parameters()))
 
 
 # Running statistics

@@ -336,6 +336,7 @@ class TestRefusals:
         del settings["classes"]
         (copied / "settings.json").write_text(json.dumps(settings))
         run(data, copied, epochs=3, resume=True)
+        assert "classes" in json.loads((copied / "settings.json").read_text())
 
     @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", "3"])
     def test_damaged_settings(self, text, copied, data):
