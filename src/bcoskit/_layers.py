@@ -1,7 +1,7 @@
 """Run a network from one named layer to another, without touching it."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +65,36 @@ def run_between(
         if layer is not None and len(outputs) != 1:
             raise ValueError(f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
     return starts[0], ends[0] if to_layer is not None else _tensor(final, "the network")
+
+
+def outputs_of(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Run the network once, and collect the outputs of named layers.
+
+    Args:
+        model: The network; it is not touched, other threads may use it meanwhile.
+        x: Its input.
+        layers: Paths of the layers.
+
+    Returns:
+        From each path to that layer's output.
+
+    Raises:
+        ValueError: If there is no such layer.
+        TypeError: If a layer's output is not one tensor.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def collector(layer: str) -> Callable[[Any], Tensor]:
+        def collect(output: Any) -> Tensor:
+            outputs[layer] = _tensor(output, f"`layers` (={layer!r})")
+            return outputs[layer].clone()  # the network may write to it
+
+        return collect
+
+    for layer in layers:
+        model = _with_report(model, layer, "layers", collector(layer))
+    model(x)
+    return {layer: outputs[layer] for layer in layers}
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

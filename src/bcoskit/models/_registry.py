@@ -1,78 +1,30 @@
-"""Networks by name: one table of rows, and what makes a network out of a row or a file."""
+"""Networks by name: what makes a network out of a row or a file."""
 
 import difflib
 import fnmatch
 import math
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bcoskit._files import read_tensors, write_tensors
+from bcoskit._files import write_tensors
 from bcoskit.data import ImageTransform
-from bcoskit.models.cifar import DEPTHS, bcos_cifar_resnet, cifar_resnet
+from bcoskit.models._containers import Container, WeightsError, read_container
+from bcoskit.models._download import cached
+from bcoskit.models._matching import match, rows_of
+from bcoskit.models._network import Network
+from bcoskit.models._row import Checkpoint, ModelRow
+from bcoskit.models._rows import ROWS
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LARGEST_SIDE = 10_000
-_CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-Loss: TypeAlias = Literal["bce", "cross_entropy"]
-
-
-class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message names the file and the reason."""
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """What is known of a named network.
-
-    Attributes:
-        name: `arch.tag`, the architecture as timm spells it and the recipe of the weights.
-        build: Makes the network with fresh weights from the number of classes.
-        transform: From a picture to the network's input, as at test time.
-        classes: Names of the classes.
-        loss: What the network is trained with: binary or softmax cross-entropy.
-        weights: File in the package with trained weights, if it has them.
-        accuracy: Measured top-1 accuracy of those weights, in percent, and on what.
-    """
-
-    name: str
-    build: Callable[[int], nn.Module]
-    transform: ImageTransform
-    classes: tuple[str, ...]
-    loss: Loss
-    weights: str | None = None
-    accuracy: str | None = None
-
-
-# Weights in the package, and their top-1 accuracy.
-_TRAINED = {"resnet20.bcos_cifar10": ("resnet20.bcos_cifar10.safetensors", "85.9 % on CIFAR-10 (JPEG q75)")}
-
-
-def _cifar10_row(name: str, build: Callable[[int], nn.Module], transform: ImageTransform, loss: Loss) -> ModelRow:
-    weights, accuracy = _TRAINED.get(name, (None, None))
-    return ModelRow(name, build, transform, CIFAR10_CLASSES, loss, weights, accuracy)
-
-
-def _cifar10_rows(depth: int) -> tuple[ModelRow, ModelRow]:
-    plain = ImageTransform(32)
-    normalized = ImageTransform(32, encoding="normalized", mean=_CIFAR10_MEAN, std=_CIFAR10_STD)
-    bcos, standard = partial(bcos_cifar_resnet, depth, max_out=2), partial(cifar_resnet, depth)
-    return (
-        _cifar10_row(f"resnet{depth}.bcos_cifar10", bcos, plain, "bce"),
-        _cifar10_row(f"resnet{depth}.standard_cifar10", standard, normalized, "cross_entropy"),
-    )
-
-
-_ROWS = {row.name: row for depth in DEPTHS for row in _cifar10_rows(depth)}
 
 
 def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
@@ -80,13 +32,14 @@ def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
 
     Args:
         pattern: Shell pattern that names must match, as in `"*resnet*"`.
-        weights: Whether only networks are listed whose trained weights are at hand.
+        weights: Whether only networks are listed for which `create_model(name, weights=True)` finds weights: in the
+            package, or by a download.
 
     Returns:
         The names.
     """
-    names = sorted(fnmatch.filter(_ROWS, pattern))
-    return [name for name in names if _ROWS[name].weights is not None] if weights else names
+    names = sorted(fnmatch.filter(ROWS, pattern))
+    return [name for name in names if _at_hand(ROWS[name].checkpoint)] if weights else names
 
 
 def model_row(name: str) -> ModelRow:
@@ -101,11 +54,11 @@ def model_row(name: str) -> ModelRow:
     Raises:
         ValueError: If there is no network of that name; the message names the nearest ones.
     """
-    if name not in _ROWS:
-        near = difflib.get_close_matches(name, _ROWS, n=3, cutoff=0.3)
+    if name not in ROWS:
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
         hint = f"near: {', '.join(near)}" if near else "`list_models()` lists all"
         raise ValueError(f"{name!r} is neither the name of a model nor a .safetensors file of weights; {hint}")
-    return _ROWS[name]
+    return ROWS[name]
 
 
 def create_model(
@@ -113,50 +66,52 @@ def create_model(
     weights: bool | str | os.PathLike[str] = False,
     *,
     num_classes: int | None = None,
-) -> nn.Module:
+    in_channels: int | None = None,
+) -> Network:
     """Make a network by its name, or from a file that training has written.
 
-    The network is in evaluation mode and has three attributes more: `transform`, from a picture to its input,
-    `classes`, the names of its classes, and `loss`, which tells how its logits become probabilities: by a sigmoid
-    (`"bce"`) or a softmax (`"cross_entropy"`).
+    The network is in evaluation mode; its attributes `transform`, `classes` and `loss` tell how a picture becomes its
+    input and what its logits mean.
 
     Args:
         name: One of `list_models()`, or a `.safetensors` file that `bcoskit train` or `save_model` has written:
             it says itself which network it holds, and its weights are loaded.
-        weights: Whether to load the trained weights of that name, or a `.safetensors` file to load. If the file was
-            written by `save_model`, classes and transform are those of the file.
-        num_classes: Number of classes, if it is not that of the row; classes then have numbers for names.
+        weights: Whether to load the trained weights of that name, which are downloaded into torch's cache if need be;
+            or the URL or file of weights. A file may be a `.safetensors` file, with what it says of classes and
+            transform, or one of the authors: a state dict, a training checkpoint, of which an averaged copy (EMA)
+            is taken if it has one.
+        num_classes: Number of classes, if it is not that of the row; classes then have numbers for names. If the
+            weights are for another number, the classifier is fresh, for fine-tuning.
+        in_channels: Channels of the input, 6 for RGB and 2 for grey images, both encoded (3 and 1 for ordinary
+            networks), if it is not that of the row.
 
     Returns:
-        The network.
+        The network, of `torch.get_default_dtype()`, on the default device.
 
     Raises:
         ValueError: If there is no such name, it has no trained weights, or an argument contradicts the weights.
-        WeightsError: If the file is missing or corrupt, or does not hold finite weights of this network.
+        WeightsError: If the file is missing or corrupt, would run code, or does not hold finite weights of this
+            network.
+        ConnectionError: If weights cannot be downloaded.
     """
-    if isinstance(name, os.PathLike) or (name not in _ROWS and Path(name).suffix == ".safetensors"):
+    if isinstance(name, os.PathLike) or (name not in ROWS and Path(name).suffix == ".safetensors"):
         if not isinstance(weights, bool):
             raise ValueError(f"`weights` (={str(weights)!r}) must not be given: {name} is a file of weights itself")
-        return _from_file(Path(name), None, num_classes)
+        return _from_file(Path(name), None, num_classes, in_channels)
     row = model_row(name)
     if weights is False:
-        return _make(_with_classes(row, num_classes))
-    if weights is True:
-        if row.weights is None:
-            having = ", ".join(list_models(weights=True)) or "none"
-            raise ValueError(f"{name!r} has no trained weights here; networks that have some: {having}")
-        with resources.as_file(resources.files("bcoskit.assets") / row.weights) as path:
-            return _from_file(path, row, num_classes)
-    return _from_file(Path(weights), row, num_classes)
+        return _built(row.with_classes(num_classes).with_channels(in_channels))
+    path = _released(row) if weights is True else _given(weights)
+    return _from_file(path, row, num_classes, in_channels)
 
 
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
-    name: str,
+    name: str | None = None,
     *,
-    classes: Sequence[str],
-    transform: ImageTransform,
+    classes: Sequence[str] | None = None,
+    transform: ImageTransform | None = None,
     training: Mapping[str, Any] | None = None,
     half: bool = False,
 ) -> None:
@@ -165,11 +120,11 @@ def save_model(
     The file appears complete or not at all.
 
     Args:
-        model: A network that was made by `create_model(name)`, in its original or another state.
+        model: A network that was made by `create_model`, in its original or another state.
         path: The file, which ends in `.safetensors`.
-        name: The name of the network.
-        classes: Names of its classes.
-        transform: Its test-time transform.
+        name: The name of the network; by default that by which it was made.
+        classes: Names of its classes; by default those that it has.
+        transform: Its test-time transform; by default the one that it has.
         training: Plain values on how the weights came about.
         half: Store filters and matrices in half precision, in half of the bytes; they are rounded to 11 bits, and
             networks compute with them in single precision as ever.
@@ -179,6 +134,12 @@ def save_model(
         ValueError: If there is no network of that name, `model` is another one or has another number of classes, a
             weight is not finite, classes or transform are of no use to it, or `path` has another suffix.
     """
+    if name is None or classes is None or transform is None:
+        if not isinstance(model, Network) or not hasattr(model, "transform"):
+            raise ValueError("`name`, `classes` and `transform` must be given: `model` does not come of `create_model`")
+        name = model.name if name is None else name
+        classes = model.classes if classes is None else classes
+        transform = model.transform if transform is None else transform
     row, path = model_row(name), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
@@ -191,113 +152,138 @@ def save_model(
         "training": dict(training or {}),
     }
     tensors = model.state_dict()
-    _described(path, tensors, description)  # as it will be read
-    with torch.random.fork_rng(devices=()):
-        expected = row.build(len(classes)).state_dict()
+    container = Container(tensors, description)
+    described = _described(path, container)  # as it will be read
     if half:
         tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
-    fault = _fault(tensors, expected)
+    with torch.device("meta"):
+        fault = match(Container(tensors, {}), described.build(), row.prefix).fault
     if fault is not None:
         raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
     write_tensors(path, tensors, description)
 
 
-def _make(row: ModelRow) -> nn.Module:
-    model = row.build(len(row.classes)).eval()
-    setattr(model, "transform", row.transform)  # noqa: B010 - attributes that the class does not declare
-    setattr(model, "classes", row.classes)  # noqa: B010
-    setattr(model, "loss", row.loss)  # noqa: B010
-    return model
+def _at_hand(checkpoint: Checkpoint | None) -> bool:
+    return checkpoint is not None and not checkpoint.by_hand
 
 
-def _with_classes(row: ModelRow, num_classes: int | None) -> ModelRow:
-    if num_classes is None or num_classes == len(row.classes):
-        return row
-    if num_classes < 1:
-        raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
-    return replace(row, classes=tuple(str(index) for index in range(num_classes)))
+def _released(row: ModelRow) -> Path:
+    """The file of a row's own weights, after a download if need be."""
+    checkpoint = row.checkpoint
+    if checkpoint is None:
+        having = list_models(f"{row.name.partition('.')[0]}.*", weights=True) or list_models(weights=True)
+        raise ValueError(f"{row.name!r} has no trained weights; networks that have some: {', '.join(having[:8])}")
+    if checkpoint.by_hand:
+        raise ValueError(
+            f"the weights of {row.name!r} cannot be downloaded by name: get their file from {checkpoint.location} "
+            "and give it as `weights`"
+        )
+    if checkpoint.is_url:
+        return cached(checkpoint.location, checkpoint.sha256)
+    with resources.as_file(resources.files("bcoskit.assets") / checkpoint.location) as path:
+        return path
 
 
-def _from_file(path: Path, row: ModelRow | None, num_classes: int | None) -> nn.Module:
+def _given(weights: str | os.PathLike[str]) -> Path:
+    text = os.fspath(weights)
+    return cached(text) if text.startswith(("https://", "http://")) else Path(weights)
+
+
+def _built(row: ModelRow, tensors: Mapping[str, Tensor] | None = None) -> Network:
+    """The network of a row. What of its weights is not given is fresh; no weight is made twice."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        network = row.build()
+    network.name, network.transform, network.classes, network.loss = row.name, row.transform, row.classes, row.loss
+    network.rebuild = partial(_rebuilt, row)
+    if tensors is not None:
+        expected = network.state_dict()
+        own = {key: _owned(tensor, expected[key].dtype, device) for key, tensor in tensors.items()}
+        network.load_state_dict(own, strict=False, assign=True)
+    network.materialize(network, device)
+    return network.eval()
+
+
+def _rebuilt(row: ModelRow, num_classes: int) -> Network:
+    return row.build(num_classes)
+
+
+def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor itself where it has memory of its own, otherwise a copy."""
+    tensor = tensor.detach().to(device, dtype).contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_channels: int | None) -> Network:
     """The network whose weights a file holds: the one that the file describes, which must be `row` if that is given.
 
     Only a file of bare weights, without description, leaves all to `row`.
     """
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: is no .safetensors file")
-    try:
-        tensors, description = read_tensors(path)
-    except ValueError as error:
-        raise WeightsError(str(error)) from error
-    if row is None or "model" in description:
-        described = _described(path, tensors, description)
+    if row is None and path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: is no .safetensors file; give the name of the network, and the file as `weights`")
+    container = read_container(path)
+    if row is None or "model" in container.description:
+        described = _described(path, container)
         if row is not None and row.name != described.name:
             raise WeightsError(f"{path}: holds weights of {described.name}, not of {row.name}")
-        if num_classes is not None and num_classes != len(described.classes):
-            raise ValueError(
-                f"`num_classes` (={num_classes}) contradicts the {len(described.classes)} classes of the weights"
-            )
         row = described
-    model = _make(_with_classes(row, num_classes))
-    fault = _fault(tensors, model.state_dict())
-    if fault is not None:
-        raise WeightsError(f"{path}: does not fit {row.name} with {len(row.classes)} classes, it {fault}")
-    model.load_state_dict(tensors)
-    return model
+    if in_channels is not None and in_channels != row.in_channels:
+        raise ValueError(
+            f"`in_channels` (={in_channels}) contradicts the weights, which are for {row.in_channels}; "
+            "the network's `transform` makes grey images fit"
+        )
+    wanted = row.with_classes(num_classes)
+    with torch.device("meta"):
+        network = wanted.build()
+    fresh = _fresh_parts(container, network, wanted) if num_classes is not None else ()
+    found = match(container, network, wanted.prefix, fresh=fresh)
+    if found.fault is not None:
+        raise WeightsError(f"{path}: does not fit {wanted.name} with {wanted.num_classes} classes, it {found.fault}")
+    return _built(wanted, found.tensors)
 
 
-def _described(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> ModelRow:
+def _fresh_parts(container: Container, network: Network, row: ModelRow) -> tuple[str, ...]:
+    """The classifiers, if the file has them for another number of classes."""
+    weight = next(
+        key for key in network.state_dict() if key.startswith(f"{network.classifier_path}.") and key.endswith("weight")
+    )
+    rows = rows_of(container, network, row.prefix, weight)
+    if rows is None or rows == len(network.state_dict()[weight]):
+        return ()
+    return (network.classifier_path,) if network.optional_path is None else (network.classifier_path, network.optional_path)
+
+
+def _described(path: Path, container: Container) -> ModelRow:
     """The row that a file's description stands for; every value of it is checked, since anyone may have written it."""
-    name, classes = description.get("model"), description.get("classes")
+    name, classes = container.description.get("model"), container.description.get("classes")
     if name is None:
         raise WeightsError(
             f"{path}: does not say which network it holds; give the name of the network, and the file as `weights`"
         )
-    if not isinstance(name, str) or name not in _ROWS:
+    if not isinstance(name, str) or name not in ROWS:
         raise WeightsError(f"{path}: holds weights of an unknown network, {reprlib.repr(name)}")
     if not isinstance(classes, list) or not classes or not all(isinstance(each, str) for each in classes):
         raise WeightsError(f"{path}: its `classes` (={reprlib.repr(classes)}) must be a list of names")
-    if len(classes) > max((len(tensor) for tensor in tensors.values() if tensor.ndim and tensor.numel()), default=0):
+    lengths = [len(tensor) for tensor in container.tensors.values() if tensor.ndim and tensor.numel()]
+    if len(classes) > max(lengths, default=0):
         # Seen before a network is built, which might be far larger than the file.
         raise WeightsError(f"{path}: names {len(classes)} classes, but no weight has as many rows")
-    row = _ROWS[name]
+    row = ROWS[name]
     try:
-        transform = _transform(description.get("transform"), row.transform)
+        transform = _transform(container.description.get("transform"), row.transform)
     except (TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path}: its `transform` is of no use ({error})") from error
-    return replace(row, classes=tuple(classes), transform=transform)
+    return replace(row, own_classes=tuple(classes), transform=transform)
 
 
 def _transform(values: Any, usual: ImageTransform) -> ImageTransform:
-    """The transform with values from a file, which must yield what `usual` yields, perhaps of another size."""
+    """The transform with values from a file, which must encode as `usual` does, perhaps at another size."""
     transform = ImageTransform(**values)
     sizes = (transform.size, transform.channels, transform.size if transform.resize is None else transform.resize)
     if not all(type(size) is int and size <= _LARGEST_SIDE for size in sizes):
         raise ValueError(f"size, channels and resize must be integers up to {_LARGEST_SIDE}: {reprlib.repr(sizes)}")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in (*transform.mean, *transform.std)):
         raise ValueError("mean and std must be finite numbers")
-    if (transform.encoding, transform.channels) != (usual.encoding, usual.channels):
-        raise ValueError(f"the network needs encoding {usual.encoding!r} and {usual.channels} channels")
+    if transform.encoding != usual.encoding:
+        raise ValueError(f"the network needs encoding {usual.encoding!r}")
     return transform
-
-
-def _fault(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Why the tensors are not those of a network, in words that follow "it"; None if they are."""
-    for kind, keys in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("has unknown", tensors.keys() - expected.keys()),
-    ):
-        if keys:
-            listed = ", ".join(f"{key!r:.80}" for key in sorted(keys)[:3])
-            listed += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            return f"{kind} weights: {listed}"
-    for key, tensor in tensors.items():
-        needed = expected[key]
-        if tensor.shape != needed.shape:
-            return f"has `{key}` of shape {tuple(tensor.shape)} instead of {tuple(needed.shape)}"
-        if tensor.is_floating_point() != needed.is_floating_point() or tensor.is_complex():
-            return f"has `{key}` of dtype {tensor.dtype} instead of {needed.dtype}"
-        # As the network would hold it: a large number may be finite in double precision only.
-        if not bool(torch.isfinite(tensor.to(needed.dtype)).all()):
-            return f"has values in `{key}` that are not finite"
-    return None

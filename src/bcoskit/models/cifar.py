@@ -1,12 +1,14 @@
 """The residual networks for CIFAR-sized images, which no library has: three stages of 16, 32 and 64 channels."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
-from bcoskit.nn import BatchNorm, BcosConv2d, ClassifierHead
+from bcoskit.models._network import Network, Rename
+from bcoskit.models._norms import norm_layer
+from bcoskit.nn import BcosConv2d, ClassifierHead
 
 DEPTHS = (20, 32, 44, 56, 110)
 
@@ -50,30 +52,34 @@ class BasicBlock(nn.Module):
         return self.act2(y + self.downsample(x))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
     """Residual network for 32×32 images (He et al., CVPR 2016, section 4.2), with layers given by the caller.
 
     Args:
         depth: 6n + 2 layers.
         in_channels: Channels of the input.
+        num_classes: Number of logits.
         conv: Makes a convolution from (in_channels, out_channels, kernel_size, stride, padding).
         norm: Makes a norm from the number of channels.
         activation: Makes the activation.
-        head: Makes the head, from a map of 64 channels to logits.
+        head: Makes the head from the channels of the last map and the number of classes.
 
     Raises:
         ValueError: If `depth` is not 6n + 2.
     """
 
+    classifier_path = "fc"
+
     def __init__(
         self,
         depth: int,
         in_channels: int,
+        num_classes: int,
         *,
         conv: Callable[..., nn.Module],
         norm: Callable[[int], nn.Module],
         activation: Callable[[], nn.Module],
-        head: Callable[[int], nn.Module],
+        head: Callable[[int, int], nn.Module],
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -91,10 +97,24 @@ class CifarResNet(nn.Module):
         self.layer1 = stage(16, 16, 1)
         self.layer2 = stage(16, 32, 2)
         self.layer3 = stage(32, 64, 2)
-        self.fc = head(64)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = head(64, num_classes)
+        self.num_features, self.num_classes = 64, num_classes
+        self.feature_info = [
+            {"num_chs": 16 * reduction, "reduction": reduction, "module": f"layer{index}"}
+            for index, reduction in ((1, 1), (2, 2), (3, 4))
+        ]
+        self.reset_parameters()
+
+    def initialize(self, module: nn.Module) -> None:
+        """Filters as of He et al. (ICCV 2015) by their fan-out."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            super().initialize(module)
+
+    def authors_renames(self) -> Sequence[Rename]:
+        """From our paths to the authors'."""
+        return ((r"^fc\.conv", "fc"),)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to the last map, (N, 64, H / 4, W / 4)."""
@@ -110,9 +130,15 @@ class CifarResNet(nn.Module):
 
 
 def bcos_cifar_resnet(
-    depth: int, num_classes: int, *, in_channels: int = 6, b: float = 2.0, max_out: int = 1
+    depth: int,
+    num_classes: int,
+    *,
+    in_channels: int = 6,
+    b: float = 2.0,
+    max_out: int = 1,
+    norm: str = "bnu-linear",
 ) -> CifarResNet:
-    """B-cos ResNet with uncentred batch norm without bias (Böhle et al., TPAMI 2024, CIFAR-10 experiments).
+    """B-cos ResNet, by default with uncentred batch norm without bias (Böhle et al., TPAMI 2024, CIFAR-10 experiments).
 
     Args:
         depth: 20, 32, 44, 56 or 110.
@@ -120,23 +146,25 @@ def bcos_cifar_resnet(
         in_channels: Channels of the encoded image.
         b: Exponent of all layers.
         max_out: MaxOut units of all layers.
+        norm: `"none"`, or one of an, bn, gn, in, ln, pn (over all, batch, group, instance, layer, position), with a u
+            if it is uncentred, and with `-linear` if it has no bias, `-unaffine` if it has no scale either.
 
     Returns:
         The network, with fresh weights.
     """
+
+    def head(channels: int, num_classes: int) -> nn.Module:
+        constant = -math.log(max(num_classes - 1, 1))
+        return ClassifierHead(channels, num_classes, b=b, max_out=max_out, logit_bias=constant)
+
     return CifarResNet(
         depth,
         in_channels,
+        num_classes,
         conv=partial(BcosConv2d, b=b, max_out=max_out),
-        norm=BatchNorm,
+        norm=partial(norm_layer, norm),
         activation=nn.Identity,
-        head=partial(
-            ClassifierHead,
-            num_classes=num_classes,
-            b=b,
-            max_out=max_out,
-            logit_bias=-math.log(max(num_classes - 1, 1)),
-        ),
+        head=head,
     )
 
 
@@ -152,12 +180,13 @@ def cifar_resnet(depth: int, num_classes: int, *, in_channels: int = 3) -> Cifar
         The network, with fresh weights.
     """
 
-    def head(channels: int) -> nn.Module:
+    def head(channels: int, num_classes: int) -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
     return CifarResNet(
         depth,
         in_channels,
+        num_classes,
         conv=partial(nn.Conv2d, bias=False),
         norm=nn.BatchNorm2d,
         activation=nn.ReLU,

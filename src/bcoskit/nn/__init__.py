@@ -3,9 +3,10 @@
 from bcoskit.nn._activation import GELU, Gate, Hardswish, Mish, SigmoidGate, SiLU
 from bcoskit.nn._attention import Attention
 from bcoskit.nn._conv import BcosConv1d, BcosConv2d, BcosConv3d
-from bcoskit.nn._head import ClassifierHead, LogitLayer
+from bcoskit.nn._head import ClassifierHead, LogitLayer, MeanOverTokens, TokenClassifierHead
 from bcoskit.nn._linear import BcosLinear
 from bcoskit.nn._norm import AllNorm, BatchNorm, GroupNorm, InstanceNorm, LayerNorm, PositionNorm
+from bcoskit.nn._normalize import Normalize
 
 __all__ = [
     "GELU",
@@ -23,8 +24,11 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LogitLayer",
+    "MeanOverTokens",
     "Mish",
+    "Normalize",
     "PositionNorm",
     "SiLU",
     "SigmoidGate",
+    "TokenClassifierHead",
 ]

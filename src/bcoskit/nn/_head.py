@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 from bcoskit.nn._conv import BcosConv2d
+from bcoskit.nn._linear import BcosLinear
 
 
 class LogitLayer(nn.Module):
@@ -77,4 +78,48 @@ class ClassifierHead(nn.Sequential):
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(-3)
+        self.logits = LogitLayer(temperature, logit_bias)
+
+
+class MeanOverTokens(nn.Module):
+    """The mean over the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, D) to (N, D)."""
+        return x.mean(-2)
+
+
+class TokenClassifierHead(nn.Sequential):
+    """Classify tokens, or their mean: B-cos linear layer, mean over the tokens if `pool`, `LogitLayer`.
+
+    Args:
+        in_features: Size of a token.
+        num_classes: Number of logits.
+        pool: Whether every token is classified, and the results averaged; if not, the input is one vector per sample.
+        b: As of `BcosLinear`.
+        max_out: As of `BcosLinear`.
+        normalize_weight: As of `BcosLinear`.
+        temperature: As of `LogitLayer`.
+        logit_bias: The `bias` of `LogitLayer`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        pool: bool = False,
+        b: float | Tensor = 2.0,
+        max_out: int = 1,
+        normalize_weight: bool = True,
+        temperature: float | None = None,
+        logit_bias: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = BcosLinear(in_features, num_classes, b=b, max_out=max_out, normalize_weight=normalize_weight)
+        if pool:
+            self.pool = MeanOverTokens()
         self.logits = LogitLayer(temperature, logit_bias)

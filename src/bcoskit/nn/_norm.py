@@ -36,6 +36,13 @@ class _Norm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(features)) if scale else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if bias else None)
 
+    def reset_parameters(self) -> None:
+        """Weights of 1, biases of 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def _check(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[1] != self.num_channels:
             raise ValueError(f"`x` has shape {tuple(x.shape)}, must be (N, {self.num_channels}, *spatial)")
@@ -188,6 +195,17 @@ class _RunningNorm(_Norm):
         self.register_buffer("running_mean", torch.zeros(features) if track_running_stats else None)
         self.register_buffer("running_var", torch.ones(features) if track_running_stats else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
+
+    def reset_running_stats(self) -> None:
+        """Running means of 0, running variances of 1, and no batch seen."""
+        for statistic, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
+            if statistic is not None:
+                statistic.fill_(value)
+
+    def reset_parameters(self) -> None:
+        """As when it was made, running statistics included."""
+        super().reset_parameters()
+        self.reset_running_stats()
 
     def _forward(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         self._check(x)

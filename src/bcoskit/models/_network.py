@@ -1,0 +1,108 @@
+"""What all networks with a name share."""
+
+from collections.abc import Callable, Sequence
+from re import Match
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit._layers import outputs_of
+from bcoskit.data import ImageTransform
+
+Rename: TypeAlias = tuple[str, str | Callable[[Match[str]], str]]
+
+
+class Network(nn.Module):
+    """A network by name: timm's interface, with classes, transform and stages that fit it.
+
+    `forward(x)` is `forward_head(forward_features(x))`: (N, in_chans, H, W) to logits (N, num_classes).
+
+    Attributes:
+        name: `arch.tag`.
+        transform: From a picture to the network's input, as at test time.
+        classes: Names of the classes.
+        loss: What its logits become probabilities by: `"bce"` a sigmoid, `"cross_entropy"` a softmax, `"none"`
+            nothing, since the output is no vector of classes.
+        classifier_path: Path of the last layer, which `reset_classifier` replaces.
+        optional_path: Path of a part that only training needs, and that files of weights may lack.
+    """
+
+    classifier_path: ClassVar[str]
+    optional_path: ClassVar[str | None] = None
+    feature_info: Any
+    name: str
+    transform: ImageTransform
+    classes: tuple[str, ...]
+    loss: str
+    num_classes: int
+    rebuild: Callable[[int], nn.Module]
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Paths of the layers whose outputs are the stages of the features, from the input to the last map."""
+        return tuple(stage["module"] for stage in self.feature_info)
+
+    def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
+        """The outputs of the stages.
+
+        Args:
+            x: (N, in_chans, H, W).
+
+        Returns:
+            From the path of each stage to its output: maps (N, C, H', W'), of transformers tokens (N, T, D).
+        """
+        return outputs_of(self, x, self.stage_names)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, for fine-tuning; the classes then have numbers for names.
+
+        Args:
+            num_classes: Number of logits.
+            global_pool: Must be None: where a B-cos network averages is part of its classifier.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        if global_pool is not None:
+            raise ValueError(f"`global_pool` (={global_pool!r}) must be None: it is part of a B-cos classifier")
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        with torch.device("meta"):
+            fresh = self.rebuild(num_classes)
+        parameter = next(self.parameters())
+        for path in (self.classifier_path, self.optional_path):
+            if path is not None:
+                part = fresh.get_submodule(path).to(parameter.dtype).train(self.training)
+                self.set_submodule(path, self.materialize(part, parameter.device))
+        self.num_classes = num_classes
+        self.classes = tuple(str(index) for index in range(num_classes))
+
+    def reset_parameters(self) -> None:
+        """Fresh weights everywhere, as the paper's training starts with them."""
+        for module in self.modules():
+            if module is not self:
+                self.initialize(module)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Fresh weights of one layer: torch's own, where the paper has no other."""
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+    def materialize(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Give the parts of a module that are on the meta device fresh weights on another; the module itself."""
+        for part in module.modules():
+            tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            if any(tensor.is_meta for tensor in tensors):
+                part.to_empty(device=device, recurse=False)
+                self.initialize(part)
+        return module
+
+    def authors_renames(self) -> Sequence[Rename]:
+        """From our paths to the authors': regular expressions and replacements, all applied in this order."""
+        return ()
+
+    def from_authors(self, key: str, tensor: Tensor) -> Tensor:
+        """A weight of the authors' in our layout, by our key."""
+        return tensor

@@ -1,0 +1,140 @@
+"""What a row of the table of networks holds: plain values, from which a network is built late and in one place."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, cast
+
+from bcoskit.data import ImageTransform
+from bcoskit.models._network import Network
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+Loss: TypeAlias = Literal["bce", "cross_entropy", "none"]
+Dataset: TypeAlias = Literal["in1k", "cifar10", "embedding"]
+
+_NUM_CLASSES: dict[str, int] = {"in1k": 1000, "cifar10": 10, "embedding": 1024}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Released weights.
+
+    Attributes:
+        location: A URL; the name of a file in the package's assets; or a page from which one downloads by hand.
+        sha256: The first hexadecimal digits of the file's SHA-256, if published.
+        accuracy: Published top-1 accuracy in percent, if there is one.
+        measured_on: The images on which it was measured.
+        licence: Terms of use of the weights.
+        by_hand: Whether `location` is such a page.
+    """
+
+    location: str
+    sha256: str | None = None
+    accuracy: float | None = None
+    measured_on: str = "ImageNet-1k"
+    licence: str = "Apache-2.0"
+    by_hand: bool = False
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it is downloaded."""
+        return self.location.startswith("https://") and not self.by_hand
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """What is known of a named network.
+
+    Attributes:
+        name: `arch.tag`: the architecture as timm spells it, and the recipe of the weights.
+        family: The module in `bcoskit.models` and the name in it that makes the network.
+        arguments: Keyword arguments that go with it.
+        transform: From a picture to the network's input, as at test time.
+        dataset: What its classes are those of.
+        loss: What the network is trained with: binary or softmax cross-entropy.
+        prefix: Before every key in the authors' files.
+        checkpoint: Its trained weights, if there are any.
+        own_classes: Names of the classes, if they are not those of `dataset`.
+    """
+
+    name: str
+    family: tuple[str, str]
+    arguments: Mapping[str, Any]
+    transform: ImageTransform
+    dataset: Dataset
+    loss: Loss
+    prefix: str = ""
+    checkpoint: Checkpoint | None = None
+    own_classes: tuple[str, ...] | None = field(default=None)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return _NUM_CLASSES[self.dataset] if self.own_classes is None else len(self.own_classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; of ImageNet those of torchvision, in the order of their WordNet numbers."""
+        if self.own_classes is not None:
+            return self.own_classes
+        if self.dataset == "cifar10":
+            return CIFAR10_CLASSES
+        if self.dataset == "in1k":
+            from torchvision.models import ResNet18_Weights
+
+            return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+        return numbers(self.num_classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the network's input."""
+        return self.transform.channels * (2 if self.transform.encoding == "bcos" else 1)
+
+    def build(self, num_classes: int | None = None) -> Network:
+        """The network, without anything that `create_model` adds to it.
+
+        Args:
+            num_classes: Number of logits; that of the row if None.
+        """
+        module, name = self.family
+        make = getattr(importlib.import_module(f"bcoskit.models.{module}"), name)
+        count = self.num_classes if num_classes is None else num_classes
+        return cast("Network", make(num_classes=count, in_channels=self.in_channels, **self.arguments))
+
+    def with_classes(self, num_classes: int | None) -> "ModelRow":
+        """The row with another number of classes, which then have numbers for names.
+
+        Raises:
+            ValueError: If the number is below 1.
+        """
+        if num_classes is None or num_classes == self.num_classes:
+            return self
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        return replace(self, own_classes=numbers(num_classes))
+
+    def with_channels(self, in_channels: int | None) -> "ModelRow":
+        """The row with other input channels: of a colour image or a grey one, encoded.
+
+        Raises:
+            ValueError: If the number is neither of them.
+        """
+        if in_channels is None or in_channels == self.in_channels:
+            return self
+        per_colour = self.in_channels // self.transform.channels
+        if in_channels not in (per_colour, 3 * per_colour):
+            raise ValueError(
+                f"`in_channels` (={in_channels}) must be {3 * per_colour} for RGB or {per_colour} for grey images"
+            )
+        channels = cast("Literal[1, 3]", in_channels // per_colour)
+        usual = self.transform
+        mean, std = usual.mean, usual.std
+        if len(mean) != channels:
+            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        return replace(self, transform=replace(usual, channels=channels, mean=mean, std=std))
+
+
+def numbers(count: int) -> tuple[str, ...]:
+    """Names for classes that have none."""
+    return tuple(str(index) for index in range(count))
