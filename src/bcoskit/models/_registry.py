@@ -250,7 +250,11 @@ def _fresh_parts(container: Container, network: Network, row: ModelRow) -> tuple
     rows = rows_of(container, network, row.prefix, weight)
     if rows is None or rows == len(network.state_dict()[weight]):
         return ()
-    return (network.classifier_path,) if network.optional_path is None else (network.classifier_path, network.optional_path)
+    return (
+        (network.classifier_path,)
+        if network.optional_path is None
+        else (network.classifier_path, network.optional_path)
+    )
 
 
 def _described(path: Path, container: Container) -> ModelRow:
