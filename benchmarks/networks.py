@@ -1,12 +1,13 @@
 """The table of all networks: parameters, published accuracy, parity with the authors, completeness.
 
-    python benchmarks/networks.py [--pattern '*'] [--out benchmarks/results] [--resume]
+    python benchmarks/networks.py [--pattern '*'] [--out docs] [--resume]
 
 Each network gets random weights in the authors' format, read from a file as anyone would. Parity is the largest
 difference of W(x) of one class relative to its largest entry: against the authors' package `bcos` in single precision
 (random running statistics) and in double precision (those of random images); against stored outputs, in double
 precision, for networks that are in no package. Completeness is the residual `logit - Σ W(x)·x - Σ shares` relative to
-the logit, in both precisions. Writes networks.json, and the table docs/networks.md.
+the logit, in both precisions. Writes networks.json and the table networks.md, and the numbers of
+parameters that `bcoskit models` lists.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from golden import NETWORKS, golden
 
 _TARGET = 7
 _ROOT = Path(__file__).parent.parent
+_PARAMETERS = _ROOT / "src" / "bcoskit" / "assets" / "parameters.json"  # for `bcoskit models`
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -42,14 +44,19 @@ def measured(name: str) -> dict[str, Any]:
         figures |= {"parity_single": None, "parity_double": _against_golden(row), "parity_with": "stored outputs"}
     else:
         figures |= {"parity_single": None, "parity_double": None, "parity_with": None}
-    network = _randomized(create_model(name))
-    figures["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    network = _randomized(row, create_model(name))
+    figures["parameters"] = _parameters(name)
     x = _image(row)
     for precision, dtype in (("single", torch.float32), ("double", torch.float64)):
         e = bcoskit.explain(network.to(dtype), x.to(dtype), shares=True)
         figures[f"residual_{precision}"] = float((e.residual.abs() / e.value.abs()).max())
         figures["constants"] = sorted(e.shares)
     return figures
+
+
+def _parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_row(name).build().parameters())
 
 
 def _against_package(row: ModelRow, dtype: torch.dtype) -> float:
@@ -69,14 +76,21 @@ def _against_golden(row: ModelRow) -> float:
     return _difference(stored.cells(e.contributions[0]), stored.contributions)
 
 
-def _randomized(network: nn.Module) -> nn.Module:
-    """Norms and biases as no initialisation leaves them, so that each of them matters."""
+def _randomized(row: ModelRow, network: nn.Module) -> nn.Module:
+    """Norms and biases as no initialisation leaves them, and statistics with which activations keep their size."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if name.endswith(("bias", "running_mean")):
             nn.init.normal_(tensor, std=0.1)
         elif tensor.ndim < 2 and tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 1.5)
-    return network
+    running = [module for module in network.modules() if getattr(module, "running_var", None) is not None]
+    for module in running:
+        module.momentum = 1.0
+    if running:
+        size = min(row.transform.size, 96)
+        with torch.no_grad():
+            network.train()(torch.rand(4, row.in_channels, size, size))
+    return network.eval()
 
 
 def _from_their_file(row: ModelRow, weights: dict[str, Tensor]) -> nn.Module:
@@ -142,21 +156,25 @@ def main() -> None:
     """Measure, write, and print the largest figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="*")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs")
     parser.add_argument("--resume", action="store_true", help="keep what networks.json has")
     options = parser.parse_args()
     path = options.out / "networks.json"
     results = {each["network"]: each for each in json.loads(path.read_text())} if options.resume else {}
     console = Console()
+    counts = {name: _parameters(name) for name in track(list_models(), "parameters", console=console)}
+    _PARAMETERS.write_text(json.dumps(counts, indent=1) + "\n")
     missing = [name for name in list_models(options.pattern) if name not in results]
     for name in track(missing, "networks", console=console):
         results[name] = measured(name)
         ordered = [results[key] for key in sorted(results)]
         path.write_text(json.dumps(ordered, indent=1) + "\n")
-        (_ROOT / "docs" / "networks.md").write_text(table(ordered))
+        (options.out / "networks.md").write_text(table(ordered))
     for key in ("parity_single", "parity_double", "residual_single", "residual_double"):
-        worst = max((each for each in results.values() if each[key] is not None), key=lambda each: each[key])
-        console.print(f"largest {key}: {worst[key]:.1e} ({worst['network']})")
+        having = [each for each in results.values() if each[key] is not None]
+        if having:
+            worst = max(having, key=lambda each: each[key])
+            console.print(f"largest {key} of {len(having)} networks: {worst[key]:.1e} ({worst['network']})")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from bcoskit._explain import Explanation, explain
     from bcoskit.data import ImageTransform, decode, encode, read_image
     from bcoskit.dynamic import NotLinearError, explanation_mode, freeze, rule
-    from bcoskit.models import create_model, list_models, save_model
+    from bcoskit.models import create_model, from_pretrained, list_models, push_to_hub, save_model, save_pretrained
 
 __all__ = [
     "AuditReport",
@@ -25,13 +25,16 @@ __all__ = [
     "explain",
     "explanation_mode",
     "freeze",
+    "from_pretrained",
     "functional",
     "list_models",
     "models",
     "nn",
+    "push_to_hub",
     "read_image",
     "rule",
     "save_model",
+    "save_pretrained",
     "viz",
 ]
 
@@ -48,10 +51,13 @@ _HOMES = {
     "explain": "_explain",
     "explanation_mode": "dynamic",
     "freeze": "dynamic",
+    "from_pretrained": "models",
     "list_models": "models",
+    "push_to_hub": "models",
     "read_image": "data",
     "rule": "dynamic",
     "save_model": "models",
+    "save_pretrained": "models",
 }
 
 

@@ -1,6 +1,7 @@
 """`bcoskit explain`: images of any number, in batches, in constant memory."""
 
 import json as json_lines
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -30,6 +31,7 @@ def explain_images(
     images: list[str],
     *,
     model: str = "resnet20.bcos_cifar10",
+    weights: str | None = None,
     target: str | None = None,
     top: int = 3,
     out: Path = Path("explanations"),
@@ -43,7 +45,9 @@ def explain_images(
 
     Args:
         images: Images, folders of images, and patterns.
-        model: Name of a network with trained weights, or a file that training has written.
+        model: Name of a network, or a file that training has written.
+        weights: File or URL of the network's weights, for instance one of the authors'; by default those that go with
+            its name.
         target: Name or index of a class that is explained in any case, before the largest ones.
         top: How many classes are explained.
         out: Folder for the pictures, which keep the structure of a folder of images. Below a folder of images, it is
@@ -66,7 +70,7 @@ def explain_images(
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` (={str(out)!r}) must be a folder")
     place = _device(device)
-    network = _Network.load(model, place)
+    network = _Network.load(model, weights, place)
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else network.class_index(target)
@@ -114,8 +118,8 @@ class _Network:
     loss: str
 
     @classmethod
-    def load(cls, name: str, device: torch.device) -> "_Network":
-        model: Any = create_model(name, weights=True)
+    def load(cls, name: str, weights: str | None, device: torch.device) -> "_Network":
+        model = create_model(name, weights=True if weights is None else weights)
         return cls(model.to(device), model.transform, model.classes, model.loss)
 
     def class_index(self, target: str) -> int:
@@ -140,10 +144,12 @@ class _Network:
         return explain(self.model, x, logits.topk(top, dim=1).indices, shares=shares)
 
     def probabilities(self, explanation: Explanation) -> Tensor:
-        """Of the explained classes, (N, K)."""
-        logits = explanation.logits
-        table = logits.sigmoid() if self.loss == "bce" else logits.softmax(1)
+        """Of the explained classes, (N, K); NaN if the outputs are no classes."""
         assert explanation.target is not None
+        logits = explanation.logits
+        if self.loss == "none":
+            return torch.full(explanation.target.shape, math.nan)
+        table = logits.sigmoid() if self.loss == "bce" else logits.softmax(1)
         return table.gather(1, explanation.target)
 
 
@@ -167,7 +173,7 @@ def _write(item: _Item, explanation: Explanation, network: _Network, probabiliti
     colored = network.transform.encoding == "bcos"
     rows = [
         SheetRow(
-            f"{_cell(network.classes[int(index)])}\np = {probability:.3f}, logit {value:.2f}",
+            f"{_cell(network.classes[int(index)])}\np = {_probability(probability)}, logit {value:.2f}",
             explanation.contributions[0, rank],
             explanation.weights[0, rank] if colored else None,
         )
@@ -238,7 +244,7 @@ class _Report:
         for rank, row in enumerate(rows):
             image = _cell(name) if rank == 0 else ""
             residual = "-" if row["residual"] is None else f"{row['residual']:.0e}"
-            figures = f"{row['probability']:>11.4f}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
+            figures = f"{_probability(row['probability'], 4):>11}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
             line = f"{image:<{_NAME_WIDTH}}  {_cell(row['class']):<{self._width}}  {figures}"
             _print(self._console, f"{line}  {row['bias']:>9.4f}  {residual:>9}")
 
@@ -277,7 +283,7 @@ def _figures(explanation: Explanation, probabilities: Tensor, classes: Sequence[
         {
             "class": classes[int(index)],
             "index": int(index),
-            "probability": float(probabilities[rank]),
+            "probability": None if math.isnan(probabilities[rank]) else float(probabilities[rank]),
             "logit": float(explanation.value[0, rank]),
             "contributions": float(explanation.value[0, rank] - explanation.bias[0, rank]),
             "bias": float(explanation.bias[0, rank]),
@@ -285,6 +291,10 @@ def _figures(explanation: Explanation, probabilities: Tensor, classes: Sequence[
         }
         for rank, index in enumerate(explanation.target[0])
     ]
+
+
+def _probability(value: float | Tensor | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _print(console: Console, line: str, style: str | None = None) -> None:

@@ -1,12 +1,16 @@
 """`bcoskit models`."""
 
 import json as json_module
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bcoskit.models import create_model, list_models, model_row
+from bcoskit.models import list_models, model_row
+
+_WIDTH = 160  # of a table that goes to a file
 
 
 def show_models(pattern: str = "*", *, json: bool = False) -> int:
@@ -30,22 +34,34 @@ def show_models(pattern: str = "*", *, json: bool = False) -> int:
         Console().print_json(json_module.dumps(rows))
         return 0
     table = Table()
-    for title in ("model", "parameters", "input", "weights", "accuracy"):
-        table.add_column(title, no_wrap=title != "accuracy")
+    for title in ("model", "parameters", "input", "accuracy", "weights"):
+        table.add_column(title, overflow="fold", justify="right" if title == "parameters" else "left")
     for row in rows:
-        weights = "yes" if row["weights"] else "-"
-        table.add_row(row["model"], f"{row['parameters']:,}", row["input"], weights, row["accuracy"] or "-")
-    Console().print(table)
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:g} % ({row['measured_on']})"
+        table.add_row(row["model"], f"{row['parameters']:,}", row["input"], accuracy, row["weights"] or "-")
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
     return 0
 
 
 def _row(name: str) -> dict[str, Any]:
     row = model_row(name)
-    parameters = sum(parameter.numel() for parameter in create_model(name).parameters())
+    size, checkpoint = row.transform.size, row.checkpoint
     return {
         "model": name,
-        "parameters": parameters,
-        "input": f"{row.transform.size}x{row.transform.size}",
-        "weights": row.weights is not None,
-        "accuracy": row.accuracy,
+        "parameters": _parameters()[name],
+        "input": f"{row.in_channels}x{size}x{size}",
+        "accuracy": None if checkpoint is None else checkpoint.accuracy,
+        "measured_on": None if checkpoint is None or checkpoint.accuracy is None else checkpoint.measured_on,
+        "weights": None if checkpoint is None else checkpoint.source,
+        "licence": None if checkpoint is None else checkpoint.licence,
+        "sha256": None if checkpoint is None else checkpoint.sha256,
     }
+
+
+@cache
+def _parameters() -> dict[str, int]:
+    """How many parameters each network has; to build all of them would take half a minute."""
+    return json_module.loads((resources.files("bcoskit.assets") / "parameters.json").read_text())

@@ -41,6 +41,14 @@ class Checkpoint:
         """Whether it is downloaded."""
         return self.location.startswith("https://") and not self.by_hand
 
+    @property
+    def source(self) -> str:
+        """Where it comes from, in short: the package, or the server and repository."""
+        if not self.location.startswith("https://"):
+            return "in the package"
+        server, *path = self.location.removeprefix("https://").split("/")
+        return "/".join((server, *path[:2])) if server == "github.com" else server
+
 
 @dataclass(frozen=True)
 class ModelRow:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from timm.layers import GELU, BatchNormAct2d, LayerNorm2d
+from timm.layers import GELU
+from timm.layers.norm import LayerNorm2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from bcoskit.models._layers import LayerSet
@@ -40,11 +42,11 @@ def rules_of(layers: LayerSet) -> Rules:
     }
 
 
-def _of_conv(layers: LayerSet, conv: nn.Conv2d) -> nn.Module:
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    assert len(kernel) == len(stride) == 2 and conv.dilation == (1, 1) and not isinstance(padding, str)
+def _of_conv(layers: LayerSet, conv: Any) -> nn.Module:
+    assert conv.dilation == (1, 1)
+    (rows, columns), (down, across), (above, beside) = conv.kernel_size, conv.stride, conv.padding
     return layers.conv(
-        conv.in_channels, conv.out_channels, kernel, stride, (padding[0], padding[1]), groups=conv.groups
+        conv.in_channels, conv.out_channels, (rows, columns), (down, across), (above, beside), groups=conv.groups
     )
 
 

@@ -63,7 +63,7 @@ class AttentionPool(nn.Module):
         return f"unpool={self.unpool}"
 
 
-class ClipResNet(Network, byobnet.ByobNet):
+class ClipResNet(Network, byobnet.ByobNet):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`timm.models.byobnet.ByobNet` in the shape of CLIP's ResNet-50, with the layers of a set.
 
     Its output is an embedding, to be compared with those of texts. `unpool` chooses how the map is pooled: see

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from re import Match
+from typing import Any
 
 from timm.models import convnext
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ ARCHITECTURES: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
 _LAYER_SCALE = 1e-6
 
 
-class ConvNeXt(Network, convnext.ConvNeXt):
+class ConvNeXt(Network, convnext.ConvNeXt):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`timm.models.convnext.ConvNeXt` with the layers of a set; normalised and classified before it is averaged.
 
     Args:
@@ -46,7 +47,8 @@ class ConvNeXt(Network, convnext.ConvNeXt):
             drop_path_rate=drop_path_rate,
         )
         substitute(self, rules_of(layers))
-        self.head.fc = layers.head(self.num_features, num_classes)
+        head: Any = self.head
+        head.fc = layers.head(widths[-1], num_classes)
         self.num_classes = num_classes
         self.reset_parameters()
 
@@ -55,6 +57,7 @@ class ConvNeXt(Network, convnext.ConvNeXt):
         if isinstance(module, nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=0.02)
         elif isinstance(module, convnext.ConvNeXtBlock):
+            assert module.gamma is not None
             nn.init.constant_(module.gamma, _LAYER_SCALE)
         else:
             super().initialize(module)

@@ -41,7 +41,7 @@ class DenseNet(Network, densenet.DenseNet):
         super().__init__(growth, depths, num_classes=0, in_chans=in_channels, global_pool="")
         substitute(self, rules_of(layers))
         self.features.conv0 = layers.normalized(self.features.get_submodule("conv0"), in_channels)
-        self.classifier = layers.head(self.num_features, num_classes)
+        self.classifier = layers.head(int(self.num_features), num_classes)
         self.num_classes = num_classes
         self._converted = layers.activations
         self.reset_parameters()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.inception_v3 import InceptionB, InceptionD
 from timm.models.inception_v3 import InceptionV3 as OrdinaryInceptionV3
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ class InceptionV3(Network, OrdinaryInceptionV3):
 
     def __init__(self, num_classes: int, in_channels: int, *, layers: LayerSet) -> None:
         super().__init__(num_classes=0, in_chans=in_channels, global_pool="")
-        unit = partial(ConvNormAct, padding=0)
+        unit: Any = partial(ConvNormAct, padding=0)
         self.Mixed_6a, self.Mixed_7a = _ReductionB(288, unit), _ReductionD(768, unit)
         substitute(self, rules_of(layers))
-        self.fc = layers.head(self.num_features, num_classes)
+        self.fc = layers.head(2048, num_classes)
         self.AuxLogits = nn.Sequential(
             OrderedDict(
                 pool=nn.AvgPool2d(5, 3),

@@ -53,7 +53,7 @@ class ResNet(Network, resnet.ResNet):
         )
         substitute(self, rules_of(layers))
         self.conv1 = layers.normalized(self.conv1, in_channels)
-        self.fc = layers.head(self.num_features, num_classes)
+        self.fc = layers.head(int(self.num_features), num_classes)
         self.num_classes = num_classes
         self.reset_parameters()
 

@@ -1,6 +1,7 @@
 """VGG: timm's, with the layers of a set, without the pooling to 7×7 before its classifier."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from timm.models import vgg
 from torch import nn
@@ -29,9 +30,11 @@ class VGG(Network, vgg.VGG):
         super().__init__(vgg.cfgs[architecture], num_classes=0, in_chans=in_channels, norm_layer=norm, global_pool="")
         substitute(self, rules_of(layers))
         # Every position is classified, those at the border with padding, whatever the size of the map.
-        self.pre_logits.fc1 = layers.conv(self.num_features, 4096, 7, 1, 3)
-        self.pre_logits.input_kernel_size = 1
-        self.head.fc = layers.head(4096, num_classes)
+        pre_logits: Any = self.pre_logits
+        pre_logits.fc1 = layers.conv(512, 4096, 7, 1, 3)
+        pre_logits.input_kernel_size = 1
+        head: Any = self.head
+        head.fc = layers.head(4096, num_classes)
         self.num_classes = num_classes
         self.reset_parameters()
 

@@ -130,7 +130,7 @@ class VisionTransformer(Network, vision_transformer.VisionTransformer):
         for block in self.blocks:
             attn, mlp = block.get_submodule("attn"), block.get_submodule("mlp")
             if layers is None:
-                attn.get_submodule("proj").bias = None
+                attn.get_submodule("proj").register_parameter("bias", None)
             else:
                 attn.proj = layers.linear(dim, dim)
                 mlp.fc1, mlp.fc2 = layers.linear(dim, 4 * dim), layers.linear(4 * dim, dim)

@@ -1,0 +1,178 @@
+"""Networks on the Hugging Face Hub, or in a folder laid out the same way."""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bcoskit._text import printable
+from bcoskit.models._network import Network
+from bcoskit.models._registry import create_model, model_row, save_model
+
+_WEIGHTS, _CARD = "model.safetensors", "README.md"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SECONDS = 10  # until the hub must have answered
+_LISTED_CLASSES = 20
+
+
+def save_pretrained(
+    model: Network, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None, half: bool = False
+) -> Path:
+    """Write a network and a model card to a folder, which `from_pretrained` opens and `push_to_hub` uploads.
+
+    Args:
+        model: A network that was made by `create_model`.
+        folder: Where `model.safetensors` and `README.md` are written; a card that is there is kept.
+        training: Plain values on how the weights came about, for the card and the file.
+        half: As of `save_model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: As `save_model`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder / _WEIGHTS, training=training, half=half)
+    card = folder / _CARD
+    if not card.exists():
+        card.write_text(model_card(model, training or {}), encoding="utf-8")
+    return folder
+
+
+def push_to_hub(
+    model: Network,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    half: bool = False,
+) -> str:
+    """Upload a network and its model card to the Hugging Face Hub.
+
+    Args:
+        model: A network that was made by `create_model`.
+        repo_id: `user/name`; it is made if it is not there.
+        private: Whether a new repository is private.
+        token: Access token; that of `hf auth login` if None.
+        training: As of `save_pretrained`.
+        half: As of `save_model`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If `repo_id` is no name of a repository, or as `save_model`.
+        ConnectionError: If the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    _check_repository(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, training=training, half=half)
+        try:
+            api = HfApi(token=token, library_name="bcoskit")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConnectionError(f"{repo_id} cannot be uploaded to the hub: {_reason(error)}") from error
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    num_classes: int | None = None,
+) -> Network:
+    """Open a network that `save_pretrained` has written, or `push_to_hub` has uploaded.
+
+    Args:
+        source: A folder, or the name of a repository on the Hugging Face Hub, `user/name`.
+        revision: Branch, tag or commit of the repository.
+        token: Access token for private repositories; that of `hf auth login` if None.
+        num_classes: As of `create_model`.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        ValueError: If `source` is neither, or as `create_model`.
+        ConnectionError: If the hub cannot be reached and has not been before, or has no such repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return create_model(folder / _WEIGHTS, num_classes=num_classes)
+    text = os.fspath(source)
+    _check_repository(text)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(
+            text, _WEIGHTS, revision=revision, token=token, etag_timeout=_SECONDS, library_name="bcoskit"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(f"{text} cannot be had from the hub: {_reason(error)}") from error
+    return create_model(Path(path), num_classes=num_classes)
+
+
+def model_card(model: Network, training: Mapping[str, Any]) -> str:
+    """The text of a model card, in Markdown with the hub's header.
+
+    Args:
+        model: The network.
+        training: Plain values on how the weights came about.
+
+    Returns:
+        The card.
+    """
+    row = model_row(model.name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    classes = [printable(name) for name in model.classes]
+    more = f" … ({len(classes)} in all)" if len(classes) > _LISTED_CLASSES else ""
+    facts = [
+        f"- Network: `{model.name}`, {parameters:,} parameters.",
+        f"- Input: {row.in_channels} channels at {model.transform.size}x{model.transform.size} pixels, "
+        f"encoding `{model.transform.encoding}`.",
+        f"- Classes: {', '.join(classes[:_LISTED_CLASSES])}{more}.",
+        *(f"- {printable(str(key))}: {printable(str(value))}" for key, value in training.items() if key != "classes"),
+    ]
+    return "\n".join(
+        (
+            "---",
+            "library_name: bcoskit",
+            "pipeline_tag: image-classification",
+            "tags:",
+            "- b-cos",
+            "- interpretability",
+            "---",
+            "",
+            f"# {model.name}",
+            "",
+            "A network whose explanations are exact: its logits are `W(x)·x` and named constants.",
+            "",
+            *facts,
+            "",
+            "```python",
+            "import bcoskit",
+            "",
+            'model = bcoskit.from_pretrained("user/name")  # this repository, or a folder with its files',
+            'x = model.transform("photo.jpg").unsqueeze(0)',
+            'bcoskit.explain(model, x).to_image().save("explanation.png")',
+            "```",
+            "",
+        )
+    )
+
+
+def _check_repository(name: str) -> None:
+    if not _REPOSITORY.fullmatch(name):
+        raise ValueError(f"{name!r:.200} is neither a folder nor the name of a repository, `user/name`")
+
+
+def _reason(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
