@@ -117,19 +117,23 @@ class TestModels:
         printed = capsys.readouterr().out
         assert all(name in printed for name in list_models())
         row = next(line for line in printed.splitlines() if BCOS in line)
-        assert [cell.strip() for cell in row.split("│")[1:5]] == [BCOS, "543,440", "32x32", "yes"]
+        cells = [BCOS, "543,440", "6x32x32", "85.9 % (CIFAR-10 (JPEG q75))", "in the package"]
+        assert [cell.strip() for cell in row.split("│")[1:6]] == cells
 
     def test_pattern_and_json(self, capsys):
-        assert cli.main(["models", "resnet20.*", "--json"]) == 0
-        rows = json.loads(capsys.readouterr().out)
-        assert [row["model"] for row in rows] == [BCOS, STANDARD]
-        assert rows[1] | {"weights": None, "accuracy": None} == {
-            "model": STANDARD,
-            "parameters": 272_474,
-            "input": "32x32",
-            "weights": None,
-            "accuracy": None,
-        }
+        assert cli.main(["models", "vgg11_bnu.*", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [
+            {
+                "model": "vgg11_bnu.bcos_v2_in1k",
+                "parameters": 132_855_872,
+                "input": "6x224x224",
+                "accuracy": 69.31,
+                "measured_on": "ImageNet-1k",
+                "weights": "github.com/B-cos/B-cos-v2",
+                "licence": "Apache-2.0",
+                "sha256": "34036029f0",
+            }
+        ]
 
 
 class TestTable:
@@ -655,7 +659,10 @@ class TestErrors:
             (["explain", "good.png", "--model=bad.safetensors"], "bad.safetensors: is no intact safetensors file"),
             (["explain", "good.png", "--model=bare.safetensors"], "bare.safetensors: does not say which network"),
             (["explain", "good.png", "--model=good.png"], "'good.png' is neither"),
-            (["explain", "good.png", "--model=resnet110.bcos_cifar10"], "has no trained weights here"),
+            (
+                ["explain", "good.png", "--model=resnet110.bcos_cifar10"],
+                "has no trained weights; networks that have some: resnet20.bcos_cifar10",
+            ),
             (
                 ["explain", "good.png", "--target=unicorn"],
                 "`target` (='unicorn') is neither a class nor an index below 10",
@@ -677,7 +684,7 @@ class TestErrors:
             (["explain", "good.png", "--top"], "--top"),
             (["explain", "good.png", "-x"], "-x"),
             (["explain", "good.png", "--save=maybe"], "--save"),
-            (["models", "vgg*"], "`pattern` (='vgg*') matches no model"),
+            (["models", "vgg20*"], "`pattern` (='vgg20*') matches no model"),
             (["models", "a", "b"], "unrecognized arguments: b"),
             (["--explain"], "there is no command '--explain'"),
         ],

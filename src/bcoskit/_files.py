@@ -77,4 +77,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != _KEY}, text
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(_KEY, "{}")
-        return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118 - no mapping
+        # Copies, since what is read is the file itself, mapped into memory: it might change.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, text  # noqa: SIM118 - no mapping

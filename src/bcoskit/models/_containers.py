@@ -1,6 +1,7 @@
 """Files of weights as they are found: safetensors, and what `torch.save` has written of a network or a training run."""
 
 import pickle
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ _PASSED_OVER = (
     "torch.optim.",
     "torchvision.transforms.",
 )
+_REFUSAL = "{}: is refused, since it would run code when it is loaded: {}"
 _loading = threading.Lock()
 
 
@@ -106,7 +108,10 @@ def _load(path: Path) -> Any:
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: is no file of weights, or would run code ({_first_line(error)})") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise WeightsError(f"{path}: is no intact file of weights") from error
+        raise WeightsError(_REFUSAL.format(path, named[1])) from error
     except Exception as error:  # damaged files are answered with nearly every kind of exception
         raise WeightsError(f"{path}: is no intact file of weights ({_first_line(error)})") from error
 
@@ -119,9 +124,7 @@ def _harmless(path: Path) -> list[Any]:
         return []
     refused = [name for name in names if not name.startswith(_PASSED_OVER)]
     if refused:
-        raise WeightsError(
-            f"{path}: is refused, since it would run code when it is loaded: {', '.join(sorted(refused)[:3]):.200}"
-        )
+        raise WeightsError(_REFUSAL.format(path, f"{', '.join(sorted(refused)[:3]):.200}"))
     return [(_PassedOver, name) for name in names]
 
 

@@ -163,6 +163,11 @@ def save_model(
     write_tensors(path, tensors, description)
 
 
+def _carried() -> list[str]:
+    """The networks whose weights are in the package."""
+    return [name for name, row in ROWS.items() if row.checkpoint is not None and row.checkpoint.carried]
+
+
 def _at_hand(checkpoint: Checkpoint | None) -> bool:
     return checkpoint is not None and not checkpoint.by_hand
 
@@ -171,7 +176,7 @@ def _released(row: ModelRow) -> Path:
     """The file of a row's own weights, after a download if need be."""
     checkpoint = row.checkpoint
     if checkpoint is None:
-        having = list_models(f"{row.name.partition('.')[0]}.*", weights=True) or list_models(weights=True)
+        having = list_models(f"{row.name.partition('.')[0]}.*", weights=True) or _carried()
         raise ValueError(f"{row.name!r} has no trained weights; networks that have some: {', '.join(having[:8])}")
     if checkpoint.by_hand:
         raise ValueError(

@@ -39,12 +39,17 @@ class Checkpoint:
     @property
     def is_url(self) -> bool:
         """Whether it is downloaded."""
-        return self.location.startswith("https://") and not self.by_hand
+        return not self.carried and not self.by_hand
+
+    @property
+    def carried(self) -> bool:
+        """Whether it is in the package."""
+        return not self.location.startswith("https://")
 
     @property
     def source(self) -> str:
         """Where it comes from, in short: the package, or the server and repository."""
-        if not self.location.startswith("https://"):
+        if self.carried:
             return "in the package"
         server, *path = self.location.removeprefix("https://").split("/")
         return "/".join((server, *path[:2])) if server == "github.com" else server
