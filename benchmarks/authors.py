@@ -1,6 +1,7 @@
 """The networks of the authors' package `bcos`, by our names: what ours are compared with."""
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -98,22 +99,23 @@ def _norm(name: str) -> Any:
 
 
 def _transformer(architecture: str, *, bcos: bool) -> nn.Module:
-    build = getattr(vit, architecture)
-    if not bcos:
-        return build(
-            linear_layer=nn.Linear,
-            conv2d_layer=nn.Conv2d,
-            norm_layer=nn.LayerNorm,
-            norm2d_layer=DetachableGNLayerNorm2d,
-            act_layer=nn.GELU,
-            channels=3,
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one should go another way, which cannot do without their configurations
+        if not bcos:
+            return getattr(vit, architecture)(
+                linear_layer=nn.Linear,
+                conv2d_layer=nn.Conv2d,
+                norm_layer=nn.LayerNorm,
+                norm2d_layer=DetachableGNLayerNorm2d,
+                act_layer=nn.GELU,
+                channels=3,
+            )
+        network = getattr(vit, architecture)(
+            linear_layer=partial(BcosLinear, b=2, max_out=1),
+            conv2d_layer=partial(BcosConv2d, b=2, max_out=1),
+            norm_layer=norms.NoBias(norms.DetachableLayerNorm),
+            norm2d_layer=norms.NoBias(DetachableGNLayerNorm2d),
+            act_layer=nn.Identity,
+            channels=6,
         )
-    network = build(
-        linear_layer=partial(BcosLinear, b=2, max_out=1),
-        conv2d_layer=partial(BcosConv2d, b=2, max_out=1),
-        norm_layer=norms.NoBias(norms.DetachableLayerNorm),
-        norm2d_layer=norms.NoBias(DetachableGNLayerNorm2d),
-        act_layer=nn.Identity,
-        channels=6,
-    )
     return BcosSequential(network, LogitLayer(logit_bias=-math.log(999)))

@@ -31,7 +31,6 @@ NETWORKS = {
     "vitc_ti_patch1_14.bcosification_in1k": ("bcosified", "vit_bcosification/vitc_ti_patch1_14"),
     "clip_resnet50.bcosification_in1k": ("bcosified", "clip_bcosification/resnet50"),
 }
-UNPOOLED = "clip_bcosification/resnet50_unpool"
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,12 @@ class Golden:
         return cut.unflatten(0, (-1, self.cell)).unflatten(2, (-1, self.cell)).sum((1, 3))
 
 
-def golden(name: str, size: int, *, unpool: bool = False) -> Golden:
+def golden(name: str, size: int) -> Golden:
     """The stored outputs of a network.
 
     Args:
         name: A key of `NETWORKS`.
         size: Side of its images.
-        unpool: Of the other pooling mode of the CLIP network.
 
     Returns:
         The outputs, and what they are outputs of.
@@ -75,7 +73,6 @@ def golden(name: str, size: int, *, unpool: bool = False) -> Golden:
     file, network = NETWORKS[name]
     shapes = json.loads((FOLDER / f"{file}_keys.json").read_text())[network]
     arrays = _arrays(file)
-    network = UNPOOLED if unpool else network
     weights = {key: generated(key, shape) for key, shape in shapes.items()}
     start = f"{network}/buffer/"
     weights |= {key.removeprefix(start): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(start)}
