@@ -125,7 +125,7 @@ def test_stored_outputs(name, tmp_path):
 
 def test_clip_position_by_position():
     torch.manual_seed(0)
-    network = create_model("clip_resnet50.bcosification_in1k").double()
+    network = create_model("clip_resnet50.bcosification_in1k").double().requires_grad_(False)
     pool = network.head
     maps = torch.randn(2, 2048, 3, 2, dtype=torch.float64)
     assert not network.unpool

@@ -42,7 +42,7 @@ def cached(url: str, sha256: str | None = None) -> Path:
         try:
             _download(url, partial)
         except (OSError, urllib.error.URLError) as error:
-            reason = getattr(error, "reason", None) or error
+            reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or error
             raise ConnectionError(
                 f"cannot download {url} ({reason}); `weights` may also be a file, or this may be put at {path}"
             ) from error
@@ -70,6 +70,7 @@ def _download(url: str, partial: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=_SECONDS)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code != 416 or not there:
             raise
         return  # nothing beyond what is there: it is complete, and its hash is checked next

@@ -9,7 +9,7 @@ from typing import Any
 
 from bcoskit._text import printable
 from bcoskit.models._network import Network
-from bcoskit.models._registry import create_model, model_row, save_model
+from bcoskit.models._registry import create_model, save_model
 
 _WEIGHTS, _CARD = "model.safetensors", "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -78,7 +78,7 @@ def push_to_hub(
             api = HfApi(token=token, library_name="bcoskit")
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # the hub's client and what it stands on have many kinds
             raise ConnectionError(f"{repo_id} cannot be uploaded to the hub: {_reason(error)}") from error
 
 
@@ -109,15 +109,7 @@ def from_pretrained(
         return create_model(folder / _WEIGHTS, num_classes=num_classes)
     text = os.fspath(source)
     _check_repository(text)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = hf_hub_download(
-            text, _WEIGHTS, revision=revision, token=token, etag_timeout=_SECONDS, library_name="bcoskit"
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConnectionError(f"{text} cannot be had from the hub: {_reason(error)}") from error
-    return create_model(Path(path), num_classes=num_classes)
+    return create_model(_downloaded(text, revision, token), num_classes=num_classes)
 
 
 def model_card(model: Network, training: Mapping[str, Any]) -> str:
@@ -130,13 +122,12 @@ def model_card(model: Network, training: Mapping[str, Any]) -> str:
     Returns:
         The card.
     """
-    row = model_row(model.name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = [printable(name) for name in model.classes]
     more = f" … ({len(classes)} in all)" if len(classes) > _LISTED_CLASSES else ""
     facts = [
         f"- Network: `{model.name}`, {parameters:,} parameters.",
-        f"- Input: {row.in_channels} channels at {model.transform.size}x{model.transform.size} pixels, "
+        f"- Input: {model.in_chans} channels at {model.transform.size}x{model.transform.size} pixels, "
         f"encoding `{model.transform.encoding}`.",
         f"- Classes: {', '.join(classes[:_LISTED_CLASSES])}{more}.",
         *(f"- {printable(str(key))}: {printable(str(value))}" for key, value in training.items() if key != "classes"),
@@ -167,6 +158,22 @@ def model_card(model: Network, training: Mapping[str, Any]) -> str:
             "",
         )
     )
+
+
+def _downloaded(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The file of weights of a repository, or what there is of it in the hub's cache if the hub cannot be reached."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    options: Any = {"revision": revision, "token": token, "library_name": "bcoskit"}
+    try:
+        # Asked first, since a download would try again for half a minute where there is no network.
+        HfApi(token=token).model_info(repo_id, revision=revision, timeout=_SECONDS)
+        return Path(hf_hub_download(repo_id, _WEIGHTS, etag_timeout=_SECONDS, **options))
+    except Exception as error:  # the hub's client and what it stands on have many kinds
+        try:
+            return Path(hf_hub_download(repo_id, _WEIGHTS, local_files_only=True, **options))
+        except Exception:
+            raise ConnectionError(f"{repo_id} cannot be had from the hub: {_reason(error)}") from error
 
 
 def _check_repository(name: str) -> None:

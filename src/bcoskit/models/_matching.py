@@ -124,11 +124,9 @@ def _listed(what: str, keys: list[str]) -> str | None:
 def _fault(key: str, tensor: Tensor, found: Tensor, needed: Tensor) -> str | None:
     if tensor.shape != needed.shape:
         return f"has `{key}` of shape {tuple(found.shape)} instead of {tuple(needed.shape)}"
-    if (
-        tensor.is_floating_point() != needed.is_floating_point()
-        or tensor.is_complex()
-        or tensor.layout != torch.strided
-    ):
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return f"has `{key}` as a tensor of another kind than a dense one"
+    if tensor.is_floating_point() != needed.is_floating_point() or tensor.is_complex():
         return f"has `{key}` of dtype {tensor.dtype} instead of {needed.dtype}"
     # As the network would hold it: a large number may be finite in double precision only.
     if not bool(torch.isfinite(tensor.to(needed.dtype)).all()):

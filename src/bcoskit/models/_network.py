@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageTransform
+from bcoskit.models._building import WithoutValues
 
 Rename: TypeAlias = tuple[str, str | Callable[[Match[str]], str]]
 
@@ -36,6 +37,7 @@ class Network(nn.Module):
     classes: tuple[str, ...]
     loss: str
     num_classes: int
+    in_chans: int
     rebuild: Callable[[int], nn.Module]
 
     @property
@@ -68,7 +70,7 @@ class Network(nn.Module):
             raise ValueError(f"`global_pool` (={global_pool!r}) must be None: it is part of a B-cos classifier")
         if num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
-        with torch.device("meta"):
+        with WithoutValues():
             fresh = self.rebuild(num_classes)
         parameter = next(self.parameters())
         for path in (self.classifier_path, self.optional_path):
@@ -80,6 +82,8 @@ class Network(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh weights everywhere, as the paper's training starts with them."""
+        if next(self.parameters()).is_meta:
+            return
         for module in self.modules():
             if module is not self:
                 self.initialize(module)
@@ -93,9 +97,15 @@ class Network(nn.Module):
     def materialize(self, module: nn.Module, device: torch.device) -> nn.Module:
         """Give the parts of a module that are on the meta device fresh weights on another; the module itself."""
         for part in module.modules():
-            tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
-            if any(tensor.is_meta for tensor in tensors):
-                part.to_empty(device=device, recurse=False)
+            missing = False
+            for tensors in (part._parameters, part._buffers):
+                for key, value in tensors.items():
+                    if value is not None and value.is_meta:
+                        empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                        is_parameter = isinstance(value, nn.Parameter)
+                        tensors[key] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
+                        missing = True
+            if missing:
                 self.initialize(part)
         return module
 

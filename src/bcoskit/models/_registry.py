@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bcoskit._files import write_tensors
 from bcoskit.data import ImageTransform
+from bcoskit.models._building import WithoutValues
 from bcoskit.models._containers import Container, WeightsError, read_container
 from bcoskit.models._download import cached
 from bcoskit.models._matching import match, rows_of
@@ -156,7 +157,7 @@ def save_model(
     described = _described(path, container)  # as it will be read
     if half:
         tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
-    with torch.device("meta"):
+    with WithoutValues():
         fault = match(Container(tensors, {}), described.build(), row.prefix).fault
     if fault is not None:
         raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
@@ -197,7 +198,7 @@ def _given(weights: str | os.PathLike[str]) -> Path:
 def _built(row: ModelRow, tensors: Mapping[str, Tensor] | None = None) -> Network:
     """The network of a row. What of its weights is not given is fresh; no weight is made twice."""
     device = torch.get_default_device()
-    with torch.device("meta"):
+    with WithoutValues():
         network = row.build()
     network.name, network.transform, network.classes, network.loss = row.name, row.transform, row.classes, row.loss
     network.rebuild = partial(_rebuilt, row)
@@ -238,7 +239,7 @@ def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_cha
             "the network's `transform` makes grey images fit"
         )
     wanted = row.with_classes(num_classes)
-    with torch.device("meta"):
+    with WithoutValues():
         network = wanted.build()
     fresh = _fresh_parts(container, network, wanted) if num_classes is not None else ()
     found = match(container, network, wanted.prefix, fresh=fresh)

@@ -98,7 +98,7 @@ class CifarResNet(Network):
         self.layer2 = stage(16, 32, 2)
         self.layer3 = stage(32, 64, 2)
         self.fc = head(64, num_classes)
-        self.num_features, self.num_classes = 64, num_classes
+        self.num_features, self.num_classes, self.in_chans = 64, num_classes, in_channels
         self.feature_info = [
             {"num_chs": 16 * reduction, "reduction": reduction, "module": f"layer{index}"}
             for index, reduction in ((1, 1), (2, 2), (3, 4))

@@ -80,6 +80,9 @@ class ClipResNet(Network, byobnet.ByobNet):  # pyright: ignore[reportIncompatibl
     def __init__(self, num_classes: int, in_channels: int, *, layers: LayerSet) -> None:
         super().__init__(byobnet.model_cfgs["resnet50_clip"], num_classes=0, in_chans=in_channels, img_size=224)
         substitute(self, rules_of(layers))
+        for pool in self.modules():
+            if isinstance(pool, nn.AvgPool2d):
+                pool.ceil_mode = False  # as in the original, so that odd sizes fit beside the convolutions
         stem = self.stem.get_submodule("conv1")
         stem.conv = layers.normalized(stem.get_submodule("conv"), in_channels)
         self.head = AttentionPool(self.num_features, num_classes, layers)

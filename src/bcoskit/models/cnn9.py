@@ -32,7 +32,7 @@ class Cnn9(Network):
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layers.{index}"})
         self.num_features = before
         self.head = layers.head(before, num_classes)
-        self.num_classes = num_classes
+        self.num_classes, self.in_chans = num_classes, in_channels
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to the last map, (N, 256, H / 4, W / 4)."""

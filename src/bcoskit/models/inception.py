@@ -15,6 +15,8 @@ from bcoskit.models._layers import LayerSet
 from bcoskit.models._network import Network, Rename
 from bcoskit.models._substitution import rules_of, substitute
 
+_SMALLEST_MAP = 17  # of which the auxiliary classifier's average and 5×5 convolution leave one position
+
 
 class InceptionOutputs(NamedTuple):
     """What an Inception network returns in training: its logits, and those of its auxiliary classifier."""
@@ -72,10 +74,17 @@ class InceptionV3(Network, OrdinaryInceptionV3):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Any:
-        """(N, in_channels, H, W) to logits (N, num_classes), in training to `InceptionOutputs`."""
+        """(N, in_channels, H, W) to logits (N, num_classes), in training to `InceptionOutputs`.
+
+        Raises:
+            ValueError: In training, if the images are too small for the auxiliary classifier.
+        """
         if not self.training:
             return self.forward_head(self.forward_features(x))
         maps = self.forward_preaux(x)
+        if min(maps.shape[-2:]) < _SMALLEST_MAP:
+            height, width = x.shape[-2:]
+            raise ValueError(f"`x` of {height}x{width} pixels is too small to train on: 299 are needed")
         return InceptionOutputs(self.forward_head(self.forward_postaux(maps)), self.AuxLogits(maps))
 
     def initialize(self, module: nn.Module) -> None:
