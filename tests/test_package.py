@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "viz", "_files", "_text"},
     {"dynamic"},
     {"functional"},
-    {"nn", "_layers", "_targets"},
+    {"nn", "_checks", "_layers", "_targets"},
     {"_explain", "models"},
     {"_audit", "training", "_command_pictures"},
     {"_command_explain", "_command_models"},

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit._explain import check_inputs, explain, untouched
+from bcoskit._checks import check_inputs, untouched
+from bcoskit._explain import explain
 from bcoskit._layers import uncompiled
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode

@@ -1,16 +1,16 @@
 """`explain`: the linear map that a network is at an input, read by automatic differentiation."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bcoskit._checks import check_channel_dim, check_inputs, check_output, untouched
 from bcoskit._layers import run_between, uncompiled
 from bcoskit._targets import Target, Versus, picked, select
 from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode
@@ -245,8 +245,8 @@ def explain(
     mode = explanation_mode(products=products, create_graph=create_graph)
     with untouched(x.device), mode:
         start, output = run_between(model, x, _entry(mode), *layers)
-        _check_channel_dim(channel_dim, start)
-        _check_output(output, len(x))
+        check_channel_dim(channel_dim, start)
+        check_output(output, len(x))
         value, classes, others = select(output, target, versus)
         faults = tuple(violations(value, mode))
         weights = None if faults else _weights(value, start, create_graph)
@@ -268,74 +268,6 @@ def explain(
 
 
 _Layers = tuple[str | None, str | None]
-
-
-def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
-    """Refuse a network or inputs of which an explanation would be wrong; raises as `explain`."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first")
-    if x.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"
-        )
-    if x.ndim < 2 or x.numel() == 0:
-        raise ValueError(f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("`x` holds values that are not finite")
-    if isinstance(model, nn.Module):
-        training = next((name for name, module in model.named_modules() if module.training), None)
-        if training is not None:
-            where = f"its module {training!r} is" if training else "it is"
-            raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
-    elif not callable(model):
-        raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
-
-
-def _check_channel_dim(channel_dim: int | None, start: Tensor) -> None:
-    axes = start.ndim - 1
-    if channel_dim is not None and axes > 1 and not (1 <= channel_dim <= axes or -axes <= channel_dim <= -1):
-        raise ValueError(
-            f"`channel_dim` (={channel_dim}) must be an axis after the first of an input of shape "
-            f"{tuple(start.shape)}, or None"
-        )
-
-
-def _check_output(output: Tensor, samples: int) -> None:
-    if not output.is_floating_point() or output.ndim < 1 or len(output) != samples:
-        raise TypeError(
-            f"the output has dtype {output.dtype} and shape {tuple(output.shape)}, must be floating point with "
-            f"{samples} samples first"
-        )
-    if output.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"the output has dtype {output.dtype}, in which W(x) is not exact: let the network run in float32"
-        )
-    if not output.requires_grad:
-        raise ValueError(
-            "the output has no gradient path to the input: does the network detach, run in no_grad, or end in a "
-            "softmax or sigmoid, which are constants of an explanation? Explain the logits"
-        )
-    if not bool(torch.isfinite(output).all()):
-        raise ValueError("the output holds values that are not finite")
-
-
-@contextmanager
-def untouched(device: torch.device) -> Iterator[None]:
-    """Gradients on and autocast off inside; random state afterwards as before."""
-    # Torch has one state for all threads: numbers that others draw meanwhile are drawn once more after this.
-    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if not torch.equal(torch.get_rng_state(), states[0]):
-            torch.set_rng_state(states[0])
-        if states[1] is not None and not torch.equal(torch.cuda.get_rng_state(device), states[1]):
-            torch.cuda.set_rng_state(states[1], device)
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from bcoskit import cli
-from bcoskit.data import ImageError, folder, random_crop_flip
+from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model
 from bcoskit.training import _run, train
 from bcoskit.training._module import Classifier, seeded
@@ -275,6 +275,8 @@ class TestRefusals:
         for seed in (-1, 2**63):
             assert f"`seed` (={seed}) must be" in refused(ValueError, data, out, seed=seed)
         assert "'resnet21' is neither" in refused(ValueError, data, out, model="resnet21")
+        message = refused(ValueError, data, out, model="clip_resnet50.bcosification_in1k")
+        assert message.endswith("has embeddings for outputs, not classes that could be trained")
         assert refused(ValueError, data, out, batch_size=17) == "`batch_size` (=17) is above the number of images, 16"
         assert not out.exists()
 
@@ -556,3 +558,23 @@ def test_a_trained_model_without_checkpoint_is_not_overwritten(data, tmp_path, f
     with pytest.raises(ValueError, match="holds a trained model, and no checkpoint"):
         run(data, out, epochs=3, resume=True)
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_auxiliary_logits_are_trained_too(monkeypatch):
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            pooled = x.mean((2, 3))[:, :3]
+            return (pooled * self.scale[0], -pooled * self.scale[1]) if self.training else pooled * self.scale[0]
+
+    module = Classifier(
+        Both(), ImageTransform(8), 3, loss="bce", learning_rate=1e-3, seed=0, compile_step=False
+    ).train()
+    monkeypatch.setattr(module, "log", lambda *_arguments, **_keywords: None)
+    images, labels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    loss = module.training_step((images, labels), 0)
+    loss.backward()
+    assert bool((module.model.scale.grad != 0).all())

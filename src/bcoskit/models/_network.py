@@ -97,14 +97,15 @@ class Network(nn.Module):
     def materialize(self, module: nn.Module, device: torch.device) -> nn.Module:
         """Give the parts of a module that are on the meta device fresh weights on another; the module itself."""
         for part in module.modules():
-            missing = False
-            for tensors in (part._parameters, part._buffers):
-                for key, value in tensors.items():
-                    if value is not None and value.is_meta:
-                        empty = torch.empty(value.shape, dtype=value.dtype, device=device)
-                        is_parameter = isinstance(value, nn.Parameter)
-                        tensors[key] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
-                        missing = True
+            missing = [
+                (key, tensor)
+                for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+                if tensor.is_meta
+            ]
+            for key, tensor in missing:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                trains = isinstance(tensor, nn.Parameter)
+                setattr(part, key, nn.Parameter(empty, tensor.requires_grad) if trains else empty)
             if missing:
                 self.initialize(part)
         return module

@@ -64,8 +64,10 @@ class Classifier(lightning.LightningModule):
         """
         images, labels = batch
         generator = seeded(self.seed, self.current_epoch, batch_index)
-        logits = self._for_training[0](self._encoded(random_crop_flip(images, generator=generator)))
-        loss = self._loss(logits, labels)
+        outputs = self._for_training[0](self._encoded(random_crop_flip(images, generator=generator)))
+        # Beside its logits an Inception network returns those of its auxiliary classifier.
+        every = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = torch.stack([self._loss(logits, labels) for logits in every]).sum()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -91,6 +91,8 @@ def train(
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
     row = model_row(model)
+    if row.loss == "none":
+        raise ValueError(f"`model` (={model!r}) has embeddings for outputs, not classes that could be trained")
     settings: dict[str, Any] = {
         "model": model,
         "epochs": epochs,

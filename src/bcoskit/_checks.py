@@ -1,0 +1,78 @@
+"""What an explanation refuses, and what it leaves untouched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
+    """Refuse a network or inputs of which an explanation would be wrong; raises as `explain`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"
+        )
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("`x` holds values that are not finite")
+    if isinstance(model, nn.Module):
+        training = next((name for name, module in model.named_modules() if module.training), None)
+        if training is not None:
+            where = f"its module {training!r} is" if training else "it is"
+            raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
+    elif not callable(model):
+        raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
+
+
+def check_channel_dim(channel_dim: int | None, start: Tensor) -> None:
+    """Refuse an axis that the input of an explanation does not have; raises as `explain`."""
+    axes = start.ndim - 1
+    if channel_dim is not None and axes > 1 and not (1 <= channel_dim <= axes or -axes <= channel_dim <= -1):
+        raise ValueError(
+            f"`channel_dim` (={channel_dim}) must be an axis after the first of an input of shape "
+            f"{tuple(start.shape)}, or None"
+        )
+
+
+def check_output(output: Tensor, samples: int) -> None:
+    """Refuse an output that cannot be explained; raises as `explain`."""
+    if not output.is_floating_point() or output.ndim < 1 or len(output) != samples:
+        raise TypeError(
+            f"the output has dtype {output.dtype} and shape {tuple(output.shape)}, must be floating point with "
+            f"{samples} samples first"
+        )
+    if output.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"the output has dtype {output.dtype}, in which W(x) is not exact: let the network run in float32"
+        )
+    if not output.requires_grad:
+        raise ValueError(
+            "the output has no gradient path to the input: does the network detach, run in no_grad, or end in a "
+            "softmax or sigmoid, which are constants of an explanation? Explain the logits"
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError("the output holds values that are not finite")
+
+
+@contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off inside; random state afterwards as before."""
+    # Torch has one state for all threads: numbers that others draw meanwhile are drawn once more after this.
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if not torch.equal(torch.get_rng_state(), states[0]):
+            torch.set_rng_state(states[0])
+        if states[1] is not None and not torch.equal(torch.cuda.get_rng_state(device), states[1]):
+            torch.cuda.set_rng_state(states[1], device)
