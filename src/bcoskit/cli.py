@@ -123,6 +123,8 @@ def _run(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         # Of damaged images, which get a line of their own.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        # Of strange tensors in files of weights, which are refused.
+        warnings.filterwarnings("ignore", module=r"torch\.", category=UserWarning)
         result = function(**values)
     if isinstance(result, int):
         return result

@@ -6,11 +6,12 @@ import pathlib
 import pickle
 import subprocess
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.utilities.parsing import AttributeDict
 
 from bcoskit.models import WeightsError, create_model, model_row, save_model
 from bcoskit.models._matching import authors_keys
@@ -93,6 +94,9 @@ class TestContainers:
                     "path": pathlib.PurePosixPath("/data"),
                     "norm": partial(torch.nn.BatchNorm2d, eps=1e-5),
                     "activation": torch.nn.ReLU(),
+                    "function": torch.nn.functional.relu,
+                    "sizes": defaultdict(list, {3: [range(3), deque([1, 2])]}),
+                    "ordered": AttributeDict(width=64),
                 },
             }
         )
@@ -105,6 +109,9 @@ class TestContainers:
         expected = {key: value + 1 for key, value in network.state_dict().items()}
         assert_loaded(path, expected)
         assert_loaded(stored({"state_dict": prefixed("ema.module.", averaged)}), expected)
+        # An averaged copy that is not whole is no reason to take the other one without a word.
+        del both["ema.module.3.linear.weight"]
+        assert "lacks weights: '3.linear.weight'" in refused(stored({"state_dict": both}))
 
     def test_older_format(self, stored, theirs, network):
         assert_loaded(stored(theirs, _use_new_zipfile_serialization=False), network.state_dict())
@@ -157,6 +164,18 @@ class TestContainers:
         weight = create_model(NAME, weights=path).layers[0].weight
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.requires_grad
+
+    def test_tied_weights_are_untied(self, stored, theirs):
+        theirs["7.linear.weight"] = theirs["6.linear.weight"]
+        model = create_model(NAME, weights=stored(theirs))
+        with torch.no_grad():
+            model.layers[6].weight.zero_()
+        assert bool((model.layers[7].weight != 0).any())
+
+    def test_safetensors_under_another_name(self, tmp_path, network):
+        path = tmp_path / "x.safetensors"
+        save_model(network, path)
+        assert_loaded(path.rename(tmp_path / "x.pth"), network.state_dict())
 
     def test_safetensors_are_read_not_mapped(self, tmp_path, network):
         path = tmp_path / "x.safetensors"
@@ -214,6 +233,8 @@ class TestFaults:
         assert "has `3.linear.weight` of dtype torch.int64" in refused(stored(theirs))
         theirs["3.linear.weight"] = torch.rand(256, 128, 3, 3).to_sparse()
         assert "has `3.linear.weight` as a tensor of another kind" in refused(stored(theirs))
+        theirs["3.linear.weight"] = torch.empty(256, 128, 3, 3, device="meta")
+        assert "has `3.linear.weight` as a tensor of another kind" in refused(stored(theirs))
 
     def test_weights_of_another_network(self, stored, theirs):
         message = refused(stored(theirs), "simple_vit_ti_patch16_224.bcos_v2_in1k")
@@ -226,8 +247,11 @@ class TestFaults:
             (torch.ones(3), "holds a Tensor instead"),
             ({}, "holds no state dict, whose values are tensors by name"),
             ({"state_dict": {}}, "holds no state dict"),
-            ({"weight": 3.0}, "holds no state dict, whose values are tensors by name, 'weight' is none"),
-            ({1: torch.ones(1)}, "holds no state dict, whose values are tensors by name, 1 is none"),
+            (
+                {"weight": 3.0},
+                "neither itself nor under state_dict, model_state_dict, the_model, model, 'weight' is none",
+            ),
+            ({1: torch.ones(1)}, "neither itself nor under state_dict, model_state_dict, the_model, model, 1 is none"),
         ],
     )
     def test_no_state_dict(self, content, reason, stored):
@@ -240,9 +264,25 @@ class TestFaults:
             path.write_bytes(whole[:size])
             assert refused(path).startswith("is no intact file of weights")
 
+    def test_a_flipped_bit(self, stored, theirs):
+        path = stored(theirs)
+        whole = bytearray(path.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        path.write_bytes(whole)
+        assert "is no intact file of weights (the checksum of" in refused(path)
+
+    def test_whole_networks(self, stored, network):
+        assert refused(stored(torch.nn.ReLU())) == "holds another object instead of weights by name"
+        assert "is refused" in refused(stored(network))
+
     def test_no_file(self, tmp_path):
         assert refused(tmp_path / "absent.pth") == "no such file"
-        assert refused(tmp_path) == "no such file"
+        assert refused(tmp_path) == "is no file"
+        os.mkfifo(tmp_path / "pipe")
+        assert refused(tmp_path / "pipe") == "is no file"
+        for weights in (None, 3, ""):
+            with pytest.raises(TypeError, match="`weights`"):
+                create_model(NAME, weights=weights)
 
 
 class Bomb:

@@ -69,6 +69,9 @@ def test_upload(network, monkeypatch):
         def __init__(self, **options):
             calls["api"] = options
 
+        def model_info(self, repo_id, **options):
+            calls["asked"] = repo_id, options
+
         def create_repo(self, repo_id, **options):
             calls["create"] = repo_id, options
 
@@ -80,5 +83,6 @@ def test_upload(network, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     url = bcoskit.push_to_hub(network, "user/name", private=True, token="secret")
     assert url == "https://example.org/user/name"
+    assert calls["asked"] == ("user/name", {"timeout": 10})
     assert calls["create"] == ("user/name", {"private": True, "exist_ok": True})
     assert calls["api"]["token"] == "secret"

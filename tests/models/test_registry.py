@@ -199,11 +199,13 @@ class TestSaveModel:
         for key, value in network.state_dict().items():
             expected = value.half().float() if value.ndim > 1 else value
             assert torch.equal(loaded.state_dict()[key], expected)
-        large = create_model(BCOS, num_classes=3)
-        with torch.no_grad():
-            large.conv1.weight[0] = 1e5
-        with pytest.raises(ValueError, match=r"`conv1.weight` that are not finite"):
-            save_model(large, half, BCOS, classes=ANIMALS, transform=network.transform, half=True)
+        # What does not fit into 11 bits is stored as it is.
+        for factor in (1e7, 1e-8):
+            other = create_model(BCOS, num_classes=3)
+            with torch.no_grad():
+                other.conv1.weight[0] *= factor
+            save_model(other, half, BCOS, classes=ANIMALS, transform=network.transform, half=True)
+            assert torch.equal(create_model(half).conv1.weight, other.conv1.weight)
 
     def test_refusals(self, tmp_path, network):
         path = tmp_path / "x.safetensors"
@@ -296,15 +298,16 @@ class TestFilesThatAreNone:
         pipe = tmp_path / "pipe.safetensors"
         os.mkfifo(pipe)
         for path in (folder, pipe):
-            assert refused(WeightsError, path) == f"{path}: no such file"
-        assert "no intact safetensors file" in refused(WeightsError, tmp_path / ("long" * 70 + ".safetensors"))
-        with pytest.raises(WeightsError, match="no such file"):
+            assert refused(WeightsError, path) == f"{path}: is no file"
+        assert "File name too long" in refused(WeightsError, tmp_path / ("long" * 70 + ".safetensors"))
+        with pytest.raises(WeightsError, match="embedded null"):
             create_model(BCOS, weights="null\0.safetensors")
 
     def test_other_suffixes(self, tmp_path, described):
         other = described.rename(tmp_path / "model.pth")
         assert "is no .safetensors file; give the name" in refused(WeightsError, other)
-        assert refused(WeightsError, BCOS, weights=other) == f"{other}: is no intact file of weights"
+        other.write_bytes(b"garbage")
+        assert refused(WeightsError, BCOS, weights=other).startswith(f"{other}: is no intact file of weights")
         assert "neither the name of a model nor a .safetensors file" in refused(ValueError, str(other))
 
 

@@ -11,8 +11,9 @@ from bcoskit.models._containers import Container
 from bcoskit.models._network import Network
 from bcoskit.nn._base import BcosArguments
 
-# What training code puts before the keys. An averaged copy comes before the network itself, as in timm.
-_PREFIXES = ("ema.module.", "model.", "module.", "_orig_mod.", "")
+# What training code puts before the keys.
+_PREFIXES = ("model.", "module.", "_orig_mod.", "module._orig_mod.", "model.module.", "model._orig_mod.", "")
+_AVERAGED = "ema.module."
 _LISTED = 3
 
 
@@ -80,6 +81,10 @@ def match(container: Container, network: Network, prefix: str, *, fresh: tuple[s
     faults = [_listed("lacks weights", missing), _listed("has unknown weights", unknown)]
     for key, ours in names.items():
         if key in stripped and not _inside(ours, fresh):
+            usable = _kind_fault(key, stripped[key])
+            if usable is not None:
+                faults.append(usable)
+                continue
             tensors[ours] = network.from_authors(ours, stripped[key])
             faults.append(_fault(key, tensors[ours], stripped[key], expected[ours]))
     found = [fault for fault in faults if fault is not None]
@@ -101,8 +106,10 @@ def _best_names(
     """The names under which most of the file's keys are known: keys without what is before them, names, and that."""
     best: tuple[dict[str, Tensor], dict[str, str], str] = ({}, {}, "")
     known = 0
+    # An averaged copy comes before the network itself, as in timm.
+    prefixes = (_AVERAGED,) if any(key.startswith(_AVERAGED) for key in tensors) else _PREFIXES
     for names in ({key: key for key in network.state_dict()}, authors_keys(network, prefix)):
-        for strip in _PREFIXES:
+        for strip in prefixes:
             stripped = {key.removeprefix(strip): tensor for key, tensor in tensors.items() if key.startswith(strip)}
             count = len(stripped.keys() & names.keys())
             if count > known:
@@ -121,14 +128,20 @@ def _listed(what: str, keys: list[str]) -> str | None:
     return f"{what}: {listed}" + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
 
 
+def _kind_fault(key: str, tensor: Tensor) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        return f"has `{key}` as a tensor of another kind than a dense one"
+    return None
+
+
 def _fault(key: str, tensor: Tensor, found: Tensor, needed: Tensor) -> str | None:
     if tensor.shape != needed.shape:
         return f"has `{key}` of shape {tuple(found.shape)} instead of {tuple(needed.shape)}"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        return f"has `{key}` as a tensor of another kind than a dense one"
     if tensor.is_floating_point() != needed.is_floating_point() or tensor.is_complex():
         return f"has `{key}` of dtype {tensor.dtype} instead of {needed.dtype}"
     # As the network would hold it: a large number may be finite in double precision only.
     if not bool(torch.isfinite(tensor.to(needed.dtype)).all()):
         return f"has values in `{key}` that are not finite"
+    if key.endswith("running_var") and bool((tensor < 0).any()):
+        return f"has variances in `{key}` that are negative"
     return None

@@ -68,8 +68,8 @@ class Network(nn.Module):
         """
         if global_pool is not None:
             raise ValueError(f"`global_pool` (={global_pool!r}) must be None: it is part of a B-cos classifier")
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        if type(num_classes) is not int or num_classes < 1:
+            raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1")
         with WithoutValues():
             fresh = self.rebuild(num_classes)
         parameter = next(self.parameters())

@@ -128,7 +128,8 @@ def save_model(
         transform: Its test-time transform; by default the one that it has.
         training: Plain values on how the weights came about.
         half: Store filters and matrices in half precision, in half of the bytes; they are rounded to 11 bits, and
-            networks compute with them in single precision as ever.
+            networks compute with them in single precision as ever. What is too small or too large for that is stored
+            as it is.
 
     Raises:
         TypeError: If `classes` is a single string.
@@ -156,7 +157,7 @@ def save_model(
     container = Container(tensors, description)
     described = _described(path, container)  # as it will be read
     if half:
-        tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
+        tensors = {key: _halved(tensor) for key, tensor in tensors.items()}
     with WithoutValues():
         fault = match(Container(tensors, {}), described.build(), row.prefix).fault
     if fault is not None:
@@ -167,6 +168,15 @@ def save_model(
 def _carried() -> list[str]:
     """The networks whose weights are in the package."""
     return [name for name, row in ROWS.items() if row.checkpoint is not None and row.checkpoint.carried]
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Filters in half precision, unless their values are too small or too large for its 11 bits."""
+    if tensor.ndim < 2:
+        return tensor
+    half = tensor.half()
+    rows, error = tensor.detach().flatten(1), (half.float() - tensor).detach().flatten(1)
+    return half if bool((error.abs().amax(1) <= rows.abs().amax(1) * 2.0**-11).all()) else tensor
 
 
 def _at_hand(checkpoint: Checkpoint | None) -> bool:
@@ -191,8 +201,10 @@ def _released(row: ModelRow) -> Path:
 
 
 def _given(weights: str | os.PathLike[str]) -> Path:
+    if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
+        raise TypeError(f"`weights` (={weights!r}) must be True, False, a file or a URL")
     text = os.fspath(weights)
-    return cached(text) if text.startswith(("https://", "http://")) else Path(weights)
+    return cached(text) if text.lower().startswith(("https://", "http://")) else Path(weights)
 
 
 def _built(row: ModelRow, tensors: Mapping[str, Tensor] | None = None) -> Network:
@@ -204,7 +216,8 @@ def _built(row: ModelRow, tensors: Mapping[str, Tensor] | None = None) -> Networ
     network.rebuild = partial(_rebuilt, row)
     if tensors is not None:
         expected = network.state_dict()
-        own = {key: _owned(tensor, expected[key].dtype, device) for key, tensor in tensors.items()}
+        taken: set[int] = set()
+        own = {key: _owned(tensor, expected[key].dtype, device, taken) for key, tensor in tensors.items()}
         network.load_state_dict(own, strict=False, assign=True)
     network.materialize(network, device)
     return network.eval()
@@ -214,10 +227,13 @@ def _rebuilt(row: ModelRow, num_classes: int) -> Network:
     return row.build(num_classes)
 
 
-def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device, taken: set[int]) -> Tensor:
     """The tensor itself where it has memory of its own, otherwise a copy."""
     tensor = tensor.detach().to(device, dtype).contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in taken:
+        tensor = tensor.clone()
+    taken.add(tensor.data_ptr())
+    return tensor
 
 
 def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_channels: int | None) -> Network:
@@ -228,7 +244,7 @@ def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_cha
     if row is None and path.suffix != ".safetensors":
         raise WeightsError(f"{path}: is no .safetensors file; give the name of the network, and the file as `weights`")
     container = read_container(path)
-    if row is None or "model" in container.description:
+    if row is None or container.description.get("model") is not None:
         described = _described(path, container)
         if row is not None and row.name != described.name:
             raise WeightsError(f"{path}: holds weights of {described.name}, not of {row.name}")

@@ -121,10 +121,12 @@ class ModelRow:
         Raises:
             ValueError: If the number is below 1.
         """
-        if num_classes is None or num_classes == self.num_classes:
+        if num_classes is None:
             return self
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        if type(num_classes) is not int or num_classes < 1:
+            raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1")
+        if num_classes == self.num_classes:
+            return self
         return replace(self, own_classes=numbers(num_classes))
 
     def with_channels(self, in_channels: int | None) -> "ModelRow":
@@ -136,7 +138,7 @@ class ModelRow:
         if in_channels is None or in_channels == self.in_channels:
             return self
         per_colour = self.in_channels // self.transform.channels
-        if in_channels not in (per_colour, 3 * per_colour):
+        if type(in_channels) is not int or in_channels not in (per_colour, 3 * per_colour):
             raise ValueError(
                 f"`in_channels` (={in_channels}) must be {3 * per_colour} for RGB or {per_colour} for grey images"
             )
