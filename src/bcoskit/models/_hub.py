@@ -39,8 +39,14 @@ def save_pretrained(
         ValueError: As `save_model`.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / _WEIGHTS, training=training, half=half)
+    try:
+        save_model(model, folder / _WEIGHTS, training=training, half=half)
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
     card = folder / _CARD
     if not card.exists():
         card.write_text(model_card(model, training or {}), encoding="utf-8")

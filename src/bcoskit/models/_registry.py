@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import json
 import math
 import os
 import reprlib
@@ -132,7 +133,7 @@ def save_model(
             as it is.
 
     Raises:
-        TypeError: If `classes` is a single string.
+        TypeError: If `classes` is a single string, or `training` holds what JSON cannot.
         ValueError: If there is no network of that name, `model` is another one or has another number of classes, a
             weight is not finite, classes or transform are of no use to it, or `path` has another suffix.
     """
@@ -147,6 +148,10 @@ def save_model(
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
     if isinstance(classes, str):
         raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
+    try:
+        json.dumps(training)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`training` (={training!r:.200}) must hold plain values: {error}") from error
     description = {
         "model": name,
         "classes": list(classes),
