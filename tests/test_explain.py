@@ -15,6 +15,24 @@ from bcoskit import nn as bnn
 torch.manual_seed(0)
 
 
+def test_shares_go_with_the_weights_of_their_own_pass():
+    # A ReLU near 0 may open in a batch and stay closed for its samples alone: one W(x) must serve both figures.
+    for seed in range(5, 8):
+        torch.manual_seed(seed)
+        model = bcoskit.create_model("resnet20.standard_cifar10")
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.normal_(parameter, std=0.1) if name.endswith("bias") else nn.init.uniform_(parameter, 0.5, 1.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model.train()(torch.rand(4, 3, 32, 32))
+        e = bcoskit.explain(model.eval(), torch.rand(2, 3, 32, 32), shares=True)
+        assert float(e.residual.abs().max()) < 1e-5
+        assert torch.equal(e.weights[:1], bcoskit.explain(model, e.x[:1], e.target[:1], shares=True).weights)
+
+
 def bcos_network() -> nn.Module:
     torch.manual_seed(1)
     layers = [

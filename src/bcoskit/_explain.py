@@ -249,10 +249,16 @@ def explain(
         check_output(output, len(x))
         value, classes, others = select(output, target, versus)
         faults = tuple(violations(value, mode))
-        weights = None if faults else _weights(value, start, create_graph)
-    if weights is None:
-        raise _not_linear(model, x, layers, products, faults)
-    constants = _shares(model, x, target if classes is None else classes, others, layers, products) if shares else None
+        if faults:
+            raise _not_linear(model, x, layers, products, faults)
+        # Shares bring a W(x) of their own, from the same pass: in another one rounding may flip a ReLU.
+        weights = None if shares and not create_graph else _weights(value, start, create_graph)
+    constants = None
+    if shares:
+        chosen = target if classes is None else classes
+        constants, own = _shares(model, x, chosen, others, layers, products)
+        weights = own if weights is None else weights
+    assert weights is not None
     kept = _identity if create_graph else Tensor.detach
     return Explanation(
         x=kept(start),
@@ -304,22 +310,21 @@ def _not_linear(
 def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
     """One backward pass per target: the samples do not interact, so that a sum over them keeps them apart."""
     columns = value.unbind(1) if value.ndim == 2 else (value,)
-    rows: list[Tensor] = []
-    for index, column in enumerate(columns):
-        keep = create_graph or index < len(columns) - 1
-        gradients: Any = torch.autograd.grad(
-            column.sum(), start, retain_graph=keep, create_graph=create_graph, allow_unused=True
-        )
-        row: Tensor | None = gradients[0]
-        if row is None:
-            raise ValueError(
-                "the target does not depend on the input of the explanation: check the layers and the target"
-            )
-        rows.append(row)
-    weights = torch.stack(rows, 1) if value.ndim == 2 else rows[0]
-    if not bool(torch.isfinite(weights).all()):
+    last = len(columns) - 1
+    rows = [_row(column, start, create_graph or index < last, create_graph) for index, column in enumerate(columns)]
+    return torch.stack(rows, 1) if value.ndim == 2 else rows[0]
+
+
+def _row(column: Tensor, start: Tensor, keep: bool, create_graph: bool = False) -> Tensor:
+    gradients: Any = torch.autograd.grad(
+        column.sum(), start, retain_graph=keep, create_graph=create_graph, allow_unused=True
+    )
+    row: Tensor | None = gradients[0]
+    if row is None:
+        raise ValueError("the target does not depend on the input of the explanation: check the layers and the target")
+    if not bool(torch.isfinite(row).all()):
         raise ValueError("W(x) holds values that are not finite: some operation has no finite gradient at this input")
-    return weights
+    return row
 
 
 def _shares(
@@ -329,13 +334,14 @@ def _shares(
     versus: Tensor | None,
     layers: _Layers,
     products: ProductPolicy,
-) -> dict[str, Tensor]:
-    """Every constant's share, each like the value that is explained.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every constant's share, each like the value that is explained, and W(x).
 
     One sample at a time: inside a network an axis need not belong to samples, so that only a pass of its own tells
     which of a constant's shares are a sample's.
     """
     samples: list[list[dict[str, Tensor]]] = []
+    weights: list[Tensor] = []
     several = False
     for index in range(len(x)):
         mode = ConstantsMode(model, products)
@@ -347,13 +353,16 @@ def _shares(
             value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
             several = value.ndim == 2
             collected: list[dict[str, Tensor]] = []
+            rows: list[Tensor] = []
             for column in value.unbind(1) if several else (value,):
                 mode.shares = {}
-                torch.autograd.grad(column.sum(), start, retain_graph=True)
+                rows.append(_row(column, start, keep=True))
                 collected.append(mode.shares)
         samples.append(collected)
+        weights.append(torch.stack(rows, 1) if several else rows[0])
     names = sorted({name for sample in samples for column in sample for name in column})
     zero = x.new_zeros(())
     table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
     stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
-    return stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}
+    shares = stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}
+    return shares, torch.cat(weights)

@@ -99,9 +99,9 @@ class TestUse:
         # Of a float64 copy, since the fixture is shared.
         network = copy.deepcopy(model).double()
         e = bcoskit.explain(network, inputs(model).double(), shares=True)
-        assert float((e.residual.abs() / e.value.abs()).max()) < 1e-10
+        assert float(e.residual.abs().max()) < 1e-10
         single = bcoskit.explain(model, inputs(model), shares=True)
-        assert float((single.residual.abs() / single.value.abs()).max()) < 1e-5
+        assert float(single.residual.abs().max()) < 1e-5
         assert bool(e.weights.any())
 
     def test_copies(self, model, tmp_path):
@@ -115,6 +115,19 @@ class TestUse:
                 assert torch.equal(other(x), expected)
                 assert other.classes == model.classes
             assert torch.equal(create_model(model.name, weights=saved(model, tmp_path))(x), expected)
+
+    def test_cut(self, model):
+        before = [name for name, _ in model.named_modules()]
+        with pytest.raises(NotImplementedError, match="cannot be cut"):
+            model.prune_intermediate_layers([1])
+        assert before == [name for name, _ in model.named_modules()]
+        assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+
+    def test_before_the_classifier(self, model):
+        with torch.no_grad():
+            features = model.forward_head(model.forward_features(inputs(model)), pre_logits=True)
+        assert len(features) == 2
+        assert model.num_features in features.shape[1:]
 
 
 class TestClasses:
@@ -150,7 +163,7 @@ class TestClasses:
 
     def test_refusals(self):
         model = create_model(NAMES[-3])
-        with pytest.raises(ValueError, match=r"`num_classes` \(=0\) must be at least 1"):
+        with pytest.raises(ValueError, match=r"`num_classes` \(=0\) must be an integer of at least 1"):
             model.reset_classifier(0)
         with pytest.raises(ValueError, match=r"`global_pool` \(='avg'\) must be None"):
             model.reset_classifier(3, "avg")
@@ -258,7 +271,7 @@ class TestTraining:
             ("resnet18.bcos_v2_in1k", "layer2.0.conv1", (2 / (128 * 9)) ** 0.5),
             ("densenet121.bcos_v2_in1k", "features.denseblock1.denselayer1.conv2", (2 / (128 * 9)) ** 0.5),
             ("convnext_atto.bcos_v2_pn_in1k", "stages.1.blocks.0.mlp.fc1", 0.02),
-            ("inception_v3.bcos_v1_in1k", "Mixed_6b.branch1x1.conv", 0.1),
+            ("inception_v3.bcos_v1_in1k", "Mixed_6b.branch1x1.conv", 0.088),
             ("simple_vit_ti_patch16_224.bcos_v2_in1k", "blocks.0.mlp.fc1", (1 / (3 * 192)) ** 0.5),
         ],
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _MAKERS = frozenset({torch.arange, torch.empty, torch.full, torch.ones, torch.rand, torch.tensor, torch.zeros})
-_FILLS = frozenset({Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_})
+_FILLS = frozenset(getattr(Tensor, name) for name in "add_ clamp_ erfinv_ fill_ mul_ normal_ uniform_ zero_".split())
 
 
 class WithoutValues(TorchFunctionMode):

@@ -52,7 +52,8 @@ class Network(nn.Module):
             x: (N, in_chans, H, W).
 
         Returns:
-            From the path of each stage to its output: maps (N, C, H', W'), of transformers tokens (N, T, D).
+            From the path of each stage to its output: maps (N, C, H', W'), of transformers tokens (N, T, D), before
+            a norm that may follow the last of them.
         """
         return outputs_of(self, x, self.stage_names)
 
@@ -79,6 +80,18 @@ class Network(nn.Module):
                 self.set_submodule(path, self.materialize(part, parameter.device))
         self.num_classes = num_classes
         self.classes = tuple(str(index) for index in range(num_classes))
+
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The last layer, or its path."""
+        return self.classifier_path if name_only else self.get_submodule(self.classifier_path)
+
+    def prune_intermediate_layers(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """Refuses: a network by name is whole. `forward_stages` has the outputs of its stages.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a network by name cannot be cut: `forward_stages` has the outputs of its stages")
 
     def reset_parameters(self) -> None:
         """Fresh weights everywhere, as the paper's training starts with them."""

@@ -120,9 +120,9 @@ class CifarResNet(Network):
         """(N, in_channels, H, W) to the last map, (N, 64, H / 4, W / 4)."""
         return self.layer3(self.layer2(self.layer1(self.act1(self.bn1(self.conv1(x))))))
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """The last map to logits (N, num_classes)."""
-        return self.fc(x)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits (N, num_classes), or itself, which is what is classified."""
+        return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to logits (N, num_classes)."""

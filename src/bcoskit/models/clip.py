@@ -39,9 +39,15 @@ class AttentionPool(nn.Module):
         self.proj = layers.linear(in_channels, out_features)
         self.unpool = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, h, w) to (N, out_features)."""
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, in_channels, h, w) to (N, out_features), or what is pooled by attention, (N, in_channels).
+
+        Raises:
+            ValueError: If `pre_logits` is asked for position by position, where nothing is pooled before the output.
+        """
         if self.unpool:
+            if pre_logits:
+                raise ValueError("`pre_logits` (=True) needs `unpool` to be False")
             return self.positions(x).mean((2, 3))
         positions = x.flatten(2).mT
         mean = positions.mean(1, keepdim=True)
@@ -51,7 +57,7 @@ class AttentionPool(nn.Module):
             for layer, entry in ((self.q, mean), (self.k, tokens), (self.v, tokens))
         )
         pooled = attention(query, key, value).transpose(1, 2).flatten(2)[:, 0]
-        return F.linear(pooled, self.proj.weight)
+        return pooled if pre_logits else F.linear(pooled, self.proj.weight)
 
     def positions(self, x: Tensor) -> Tensor:
         """The embedding of each position, of unit norm: (N, in_channels, h, w) to (N, out_features, h, w)."""

@@ -38,9 +38,9 @@ class Cnn9(Network):
         """(N, in_channels, H, W) to the last map, (N, 256, H / 4, W / 4)."""
         return self.layers(x)
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """The last map to logits (N, num_classes)."""
-        return self.head(x)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits (N, num_classes), or itself, which is what is classified."""
+        return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to logits (N, num_classes)."""

@@ -88,9 +88,9 @@ class InceptionV3(Network, OrdinaryInceptionV3):
         return InceptionOutputs(self.forward_head(self.forward_postaux(maps)), self.AuxLogits(maps))
 
     def initialize(self, module: nn.Module) -> None:
-        """Filters from a normal distribution of 0.1."""
+        """Filters from a normal distribution of 0.1, cut at twice that."""
         if isinstance(module, nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.1)
+            nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
         else:
             super().initialize(module)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models import vision_transformer
@@ -149,6 +150,9 @@ class VisionTransformer(Network, vision_transformer.VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         return self.pos_embed(x).flatten(1, 2)
+
+    def set_input_size(self, *_arguments: Any, **_keywords: Any) -> None:
+        """Does nothing: positions are computed for whatever grid comes."""
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors'."""
