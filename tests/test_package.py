@@ -19,6 +19,7 @@ HEAVY = {"torch", "numpy", "PIL", "lightning", "matplotlib", "rich", "timm", "to
 LEVELS = [
     {"data", "viz", "_files", "_text"},
     {"dynamic"},
+    {"_passes"},
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
     {"_explain", "models"},

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bcoskit import _passes
 from bcoskit.dynamic import GATES, attention, freeze, gate, normalize
 from bcoskit.dynamic._formulas import in_single_precision
 
@@ -66,13 +67,12 @@ def bcos_linear(
         ValueError: If `b`, `max_out` or `scale` is out of its range, or `max_out` does not divide the rows.
     """
     _check_arguments(b, max_out, scale)
-    rows = unit_norm(weight) if normalize_weight else weight
-    y = _max_out(F.linear(x, rows), max_out, -1)
+    y = _max_out(F.linear(x, _rows(weight, normalize_weight)), max_out, -1)
     if not _is_linear(b):
         with _precisely(x):
             values = freeze(in_single_precision(x))
             norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True) + _LINEAR_EPS
-        y = y * _cosine_power(freeze(y), norm, b)
+        y = _scaled(y, norm, b)
     return _finish(y, bias, scale)
 
 
@@ -135,19 +135,23 @@ def bcos_conv(
             "scale": scale,
         }
         return bcos_conv(x[None], weight, bias, **factors, **options, padding_mode=padding_mode)[0]
-    dims = weight.ndim - 2
-    filters = unit_norm(weight) if normalize_weight else weight
-    x, rest = _pad(x, weight.shape[2:], stride, padding, dilation, padding_mode)
-    convolve = _CONVOLUTIONS[weight.ndim]
-    y = convolve(x, filters, None, stride, rest, dilation, groups)
-    y = _max_out(y, max_out, 1)
-    if not _is_linear(b):
+    dims, kernel = weight.ndim - 2, weight.shape[2:]
+    filters = _rows(weight, normalize_weight)
+    x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
+    strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
+    if _is_linear(b):
+        y = _max_out(_CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups), max_out, 1)
+    else:
+        if _passes.at_hand(x) and x.dtype == filters.dtype:
+            y, energy = _passes.convolved(x, filters, strides, rest, steps, groups)
+        else:
+            y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
+            with _precisely(x):
+                energy = _energy(freeze(in_single_precision(x)), groups)
         with _precisely(x):
-            kernel = weight.shape[2:]
-            values = freeze(in_single_precision(x))
-            norm = patch_norm(values, kernel, stride=stride, padding=rest, dilation=dilation, groups=groups)
+            norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
         exponent = b.reshape(-1, *[1] * dims) if isinstance(b, Tensor) and b.ndim else b
-        y = _scaled_by_groups(y, norm, exponent, groups)
+        y = _scaled_by_groups(_max_out(y, max_out, 1), norm, exponent, groups)
     return _finish(y, None if bias is None else bias.reshape(-1, *[1] * dims), scale)
 
 
@@ -187,15 +191,8 @@ def patch_norm(
         raise ValueError(f"`groups` (={groups}) must divide the {x.shape[1]} channels of `x`")
     kernel = _per_dimension(kernel_size, dims, "kernel_size")
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
-    squares = x.square()
-    energy = squares.sum(1, keepdim=True) if groups == 1 else squares.unflatten(1, (groups, -1)).sum(2)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
-    widths = _per_dimension(rest, dims, "padding")
-    if any(widths):
-        energy = F.pad(energy, [width for width in reversed(widths) for _ in range(2)])
-    for axis, size, step, jump in zip(range(2, x.ndim), kernel, steps, strides, strict=True):
-        energy = _window_sums(energy, axis, size, step, jump)
-    return torch.sqrt(energy + eps)
+    return _root_of_windows(_energy(x, groups), kernel, strides, rest, steps, eps)
 
 
 def max_out(y: Tensor, units: int, dim: int) -> Tensor:
@@ -240,6 +237,33 @@ def unit_norm(weight: Tensor) -> Tensor:
     return torch.where(zero, 0.0, values / torch.where(zero, 1.0, norm)).to(weight.dtype)
 
 
+def _rows(weight: Tensor, normalize_weight: bool) -> Tensor:
+    if not normalize_weight:
+        return weight
+    return _passes.unit(weight) if _passes.at_hand(weight) else unit_norm(weight)
+
+
+def _energy(x: Tensor, groups: int) -> Tensor:
+    squares = x.square()
+    return squares.sum(1, keepdim=True) if groups == 1 else squares.unflatten(1, (groups, -1)).sum(2)
+
+
+def _root_of_windows(
+    energy: Tensor,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    widths: Sequence[int],
+    steps: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """`sqrt(Σ energy + eps)` over the windows of a convolution."""
+    if any(widths):
+        energy = F.pad(energy, [width for width in reversed(widths) for _ in range(2)])
+    for axis, size, step, jump in zip(range(2, energy.ndim), kernel, steps, strides, strict=True):
+        energy = _window_sums(energy, axis, size, step, jump)
+    return torch.sqrt(energy + eps)
+
+
 def _window_sums(x: Tensor, axis: int, size: int, dilation: int, stride: int) -> Tensor:
     """Sums over windows along one axis, by shifted slices: a box filter is separable, and has no weights to read."""
     span = dilation * (size - 1) + 1
@@ -282,14 +306,21 @@ def _cosine_power(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     return cosine.to(y.dtype)
 
 
+def _scaled(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
+    """`y · |y / norm|^(b-1)`, in the precision of `y`."""
+    if not isinstance(b, Tensor) and b == 2 and _passes.at_hand(y) and y.dtype == norm.dtype:
+        return _passes.scaled(y, norm)
+    return y * _cosine_power(freeze(y), norm, b)
+
+
 def _scaled_by_groups(y: Tensor, norm: Tensor, b: float | Tensor, groups: int) -> Tensor:
     """`y · |y / norm|^(b-1)`, where the norm of a group serves its consecutive output channels."""
     if groups in (1, y.shape[1]):
-        return y * _cosine_power(freeze(y), norm, b)
+        return _scaled(y, norm, b)
     if isinstance(b, Tensor) and b.ndim:
         b = b.expand(y.shape[1], *b.shape[1:]).unflatten(0, (groups, -1))
     grouped = y.unflatten(1, (groups, -1))
-    return (grouped * _cosine_power(freeze(grouped), norm.unsqueeze(2), b)).flatten(1, 2)
+    return _scaled(grouped, norm.unsqueeze(2), b).flatten(1, 2)
 
 
 def _finish(y: Tensor, bias: Tensor | None, scale: float) -> Tensor:
