@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bcoskit import _passes
 from bcoskit.dynamic import NotLinearError, current_mode, freeze
 from bcoskit.dynamic._formulas import in_single_precision
 from bcoskit.functional import normalize
@@ -211,7 +212,11 @@ class _RunningNorm(_Norm):
         self._check(x)
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training or self.running_var is None or self.running_mean is None:
-            mean, var = self._batch_statistics(x, dims)
+            in_one_pass = self._in_one_pass(x, dims)
+            mean, var = self._batch_statistics(x, dims, in_one_pass)
+            if in_one_pass:
+                y = _passes.uncentered(x, self.weight, mean.flatten(), var.flatten(), self.eps)
+                return y if self.bias is None else y + self.bias.reshape(shape)
         else:
             mean, var = self.running_mean.reshape(shape), self.running_var.reshape(shape)
         return normalize(
@@ -229,7 +234,12 @@ class _RunningNorm(_Norm):
         """The arguments that differ between norms of one class."""
         return f"{super().extra_repr()}, momentum={self.momentum}"
 
-    def _batch_statistics(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _in_one_pass(self, x: Tensor, dims: tuple[int, ...]) -> bool:
+        """Whether one kernel has the statistics, and one backward pass their gradient."""
+        fits = self.weight is None or self.weight.dtype == x.dtype
+        return not self.centered and len(dims) == x.ndim - 1 and fits and _passes.at_hand(x)
+
+    def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
         if count < 2:
             raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more")
@@ -238,7 +248,10 @@ class _RunningNorm(_Norm):
                 "a centred norm with the statistics of the batch makes each output depend on all images; "
                 "call `model.eval()` first"
             )
-        var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
+        if in_one_pass:
+            mean, var = _passes.batch_statistics(x)
+        else:
+            var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
         if self.training and self.running_var is not None:
             self._track(mean.detach(), var.detach(), count)
         return mean, var
