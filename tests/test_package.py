@@ -22,6 +22,7 @@ LEVELS = [
     {"_passes"},
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
+    {"_trust"},
     {"_explain", "models"},
     {"_audit", "training", "_command_pictures"},
     {"_command_explain", "_command_models"},

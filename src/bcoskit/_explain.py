@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 from bcoskit._checks import check_channel_dim, check_inputs, check_output, untouched
 from bcoskit._layers import run_between, uncompiled
 from bcoskit._targets import Target, Versus, picked, select
-from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode
+from bcoskit._trust import is_known
+from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode, frozen
 from bcoskit.dynamic._constants import ConstantsMode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
 
@@ -242,30 +244,29 @@ def explain(
     model = uncompiled(model)
     check_inputs(model, x)
     layers = (from_layer, to_layer)
-    mode = explanation_mode(products=products, create_graph=create_graph)
-    with untouched(x.device), mode:
-        start, output = run_between(model, x, _entry(mode), *layers)
-        check_channel_dim(channel_dim, start)
-        check_output(output, len(x))
-        value, classes, others = select(output, target, versus)
-        faults = tuple(violations(value, mode))
-        if faults:
-            raise _not_linear(model, x, layers, products, faults)
-        # Shares bring a W(x) of their own, from the same pass: in another one rounding may flip a ReLU.
-        weights = None if shares and not create_graph else _weights(value, start, create_graph)
-    constants = None
+    task = _Task(model, x, layers, target, versus, channel_dim, create_graph, weighted=not shares or create_graph)
+    # Of a network whose code is known the graph tells all; of others each operation is looked at.
+    known = not create_graph and is_known(model)
+    found = _run(task, explanation_mode(), frozen()) if known else None
+    if found is None or found.faults:
+        mode = explanation_mode(products=products, create_graph=create_graph)
+        found = _run(task, mode, mode)
+    if found.faults:
+        raise _not_linear(model, x, layers, products, found.faults)
+    constants, weights = None, found.weights
     if shares:
-        chosen = target if classes is None else classes
-        constants, own = _shares(model, x, chosen, others, layers, products)
+        # Shares bring a W(x) of their own, from the same pass: in another one rounding may flip a ReLU.
+        chosen = target if found.classes is None else found.classes
+        constants, own = _shares(model, x, chosen, found.others, layers, products)
         weights = own if weights is None else weights
     assert weights is not None
     kept = _identity if create_graph else Tensor.detach
     return Explanation(
-        x=kept(start),
-        logits=kept(output),
-        value=kept(value),
-        target=classes,
-        versus=others,
+        x=kept(found.start),
+        logits=kept(found.output),
+        value=kept(found.value),
+        target=found.classes,
+        versus=found.others,
         weights=weights,
         products=products,
         shares=constants,
@@ -274,6 +275,45 @@ def explain(
 
 
 _Layers = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be explained."""
+
+    model: Callable[..., Any]
+    x: Tensor
+    layers: _Layers
+    target: Target
+    versus: Versus
+    channel_dim: int | None
+    create_graph: bool
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A pass through the network: where W(x) begins and ends, what is explained, and W(x), if it is linear."""
+
+    start: Tensor
+    output: Tensor
+    value: Tensor
+    classes: Tensor | None
+    others: Tensor | None
+    faults: tuple[Violation, ...]
+    weights: Tensor | None
+
+
+def _run(task: _Task, mode: ExplanationMode, context: AbstractContextManager[object]) -> _Found:
+    """Run the network in a context that freezes its factors, and read W(x)."""
+    with untouched(task.x.device), context:
+        start, output = run_between(task.model, task.x, _entry(mode), *task.layers)
+        check_channel_dim(task.channel_dim, start)
+        check_output(output, len(task.x))
+        value, classes, others = select(output, task.target, task.versus)
+        faults = tuple(violations(value, mode))
+        weights = _weights(value, start, task.create_graph) if task.weighted and not faults else None
+    return _Found(start, output, value, classes, others, faults, weights)
 
 
 def _identity(tensor: Tensor) -> Tensor:

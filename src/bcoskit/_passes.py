@@ -12,14 +12,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bcoskit.dynamic import current_mode
+from bcoskit.dynamic import is_frozen
 
 
 def at_hand(x: Tensor) -> bool:
     """Whether these passes can stand in the place of plain operations on `x`."""
     return (
         not torch.compiler.is_compiling()
-        and current_mode() is None
+        and not is_frozen()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype in (torch.float32, torch.float64)
         and not torch._C._are_functorch_transforms_active()
@@ -140,7 +140,7 @@ def _inverse_norm(weight: Tensor) -> Tensor:
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel, (C,), by the kernel of torch's batch norm: far faster than `var_mean`."""
+    """Mean and population variance per channel, (C,), by batch norm's kernel: far faster than `var_mean`."""
     mean, var = torch.batch_norm_update_stats(x.detach(), None, None, 0.0)
     return mean, var
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcoskit import _passes
-from bcoskit.dynamic import GATES, attention, freeze, gate, normalize
+from bcoskit.dynamic import GATES, attention, current_mode, freeze, gate, is_frozen, normalize
 from bcoskit.dynamic._formulas import in_single_precision
 
 __all__ = [
@@ -240,6 +240,8 @@ def unit_norm(weight: Tensor) -> Tensor:
 def _rows(weight: Tensor, normalize_weight: bool) -> Tensor:
     if not normalize_weight:
         return weight
+    if current_mode() is None and is_frozen():
+        weight = weight.detach()  # a constant, which needs no graph
     return _passes.unit(weight) if _passes.at_hand(weight) else unit_norm(weight)
 
 

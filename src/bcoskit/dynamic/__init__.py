@@ -9,6 +9,8 @@ from bcoskit.dynamic._mode import (
     current_mode,
     explanation_mode,
     freeze,
+    frozen,
+    is_frozen,
 )
 from bcoskit.dynamic.rules import rule
 
@@ -22,7 +24,9 @@ __all__ = [
     "current_mode",
     "explanation_mode",
     "freeze",
+    "frozen",
     "gate",
+    "is_frozen",
     "normalize",
     "rule",
 ]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -112,7 +113,12 @@ def violations(output: Tensor, mode: ExplanationMode) -> Iterator[Violation]:
 
 def _kind(node: Any) -> str:
     """`MulBackward0` and `torch::autograd::AccumulateGrad` as `Mul` and `AccumulateGrad`."""
-    name = node.name().rsplit("::", 1)[-1]
+    return _kind_of(node.name())
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(name: str) -> str:
+    name = name.rsplit("::", 1)[-1]
     return re.sub(r"Backward(\d*)$", "", name) if not name.startswith("CopyBackwards") else name
 
 

@@ -1,7 +1,9 @@
 """The one switch: a context in which every input-dependent factor is a constant for autograd."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
@@ -284,6 +286,33 @@ def current_mode() -> ExplanationMode | None:
     return None
 
 
+class _Frozen(threading.local):
+    """How often this thread has entered `frozen`."""
+
+    depth = 0
+
+
+_frozen = _Frozen()
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """`freeze` makes constants inside, and nothing else happens: no rule is applied, no operation is looked at.
+
+    What comes out is W(x) only if the graph audit finds nothing.
+    """
+    _frozen.depth += 1
+    try:
+        yield
+    finally:
+        _frozen.depth -= 1
+
+
+def is_frozen() -> bool:
+    """Whether `freeze` makes constants here, in this thread."""
+    return _frozen.depth > 0 or current_mode() is not None
+
+
 def freeze(tensor: Tensor) -> Tensor:
     """Mark a factor as input-dependent: the identity, and inside `explanation_mode` a constant.
 
@@ -296,7 +325,9 @@ def freeze(tensor: Tensor) -> Tensor:
         The tensor itself; inside `explanation_mode` the same values without a gradient path.
     """
     mode = current_mode()
-    return tensor if mode is None else mode.freeze(tensor)
+    if mode is not None:
+        return mode.freeze(tensor)
+    return tensor.detach() if _frozen.depth else tensor
 
 
 def node_depends_on_input(root: Any, marked: bool) -> bool:
