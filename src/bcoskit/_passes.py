@@ -12,14 +12,23 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bcoskit.dynamic import is_frozen
+from bcoskit.dynamic import current_mode, is_frozen
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether these passes can stand in the place of plain operations on `x`."""
+    """Whether these passes can stand in the place of plain operations on `x`, derivatives included."""
+    return not is_frozen() and in_eager(x)
+
+
+def for_constants(x: Tensor) -> bool:
+    """Whether they can for what `frozen` makes constants of, which needs no derivatives."""
+    return in_eager(x) and is_frozen() and current_mode() is None
+
+
+def in_eager(x: Tensor) -> bool:
+    """Whether operations on `x` are run as they are called, in its own precision."""
     return (
         not torch.compiler.is_compiling()
-        and not is_frozen()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype in (torch.float32, torch.float64)
         and not torch._C._are_functorch_transforms_active()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcoskit import _passes
-from bcoskit.dynamic import GATES, attention, current_mode, freeze, gate, is_frozen, normalize
+from bcoskit.dynamic import GATES, attention, freeze, gate, normalize
 from bcoskit.dynamic._formulas import in_single_precision
 
 __all__ = [
@@ -147,7 +147,8 @@ def bcos_conv(
         else:
             y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
             with _precisely(x):
-                energy = _energy(freeze(in_single_precision(x)), groups)
+                values = freeze(in_single_precision(x))
+                energy = _passes.energy(values, groups) if _passes.for_constants(x) else _energy(values, groups)
         with _precisely(x):
             norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
         exponent = b.reshape(-1, *[1] * dims) if isinstance(b, Tensor) and b.ndim else b
@@ -240,8 +241,8 @@ def unit_norm(weight: Tensor) -> Tensor:
 def _rows(weight: Tensor, normalize_weight: bool) -> Tensor:
     if not normalize_weight:
         return weight
-    if current_mode() is None and is_frozen():
-        weight = weight.detach()  # a constant, which needs no graph
+    if _passes.for_constants(weight):
+        return _passes.unit(weight.detach())
     return _passes.unit(weight) if _passes.at_hand(weight) else unit_norm(weight)
 
 
@@ -312,6 +313,8 @@ def _scaled(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     """`y · |y / norm|^(b-1)`, in the precision of `y`."""
     if not isinstance(b, Tensor) and b == 2 and _passes.at_hand(y) and y.dtype == norm.dtype:
         return _passes.scaled(y, norm)
+    if not isinstance(b, Tensor) and b == 2 and _passes.for_constants(y):
+        return y * freeze(y).abs().div_(norm)
     return y * _cosine_power(freeze(y), norm, b)
 
 
