@@ -1,0 +1,184 @@
+"""The eager passes: the same derivatives as plain operations, to the second order, with as little kept in memory."""
+
+import concurrent.futures
+
+import pytest
+import torch
+from torch import nn
+
+import bcoskit
+from bcoskit import _trust
+from bcoskit.dynamic import freeze, frozen, is_frozen
+from bcoskit.nn import BatchNorm, BcosConv2d, BcosLinear, Gate
+
+
+def seeded(make, *arguments, **options):
+    torch.manual_seed(0)
+    layer = make(*arguments, **options).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+LAYERS = {
+    "conv": (lambda: seeded(BcosConv2d, 4, 6, 3, padding=1), (2, 4, 5, 4)),
+    "grouped": (lambda: seeded(BcosConv2d, 4, 6, (3, 2), stride=2, groups=2, dilation=(1, 2)), (2, 4, 6, 5)),
+    "depthwise": (lambda: seeded(BcosConv2d, 4, 4, 3, padding=1, groups=4), (2, 4, 5, 4)),
+    "max out": (lambda: seeded(BcosConv2d, 4, 3, 1, max_out=2, scale=0.1, bias=True), (2, 4, 3, 3)),
+    "raw": (lambda: seeded(BcosConv2d, 4, 3, 3, normalize_weight=False), (2, 4, 4, 4)),
+    "other exponent": (lambda: seeded(BcosConv2d, 4, 3, 3, b=1.5), (2, 4, 4, 4)),
+    "linear": (lambda: seeded(BcosLinear, 5, 4), (3, 5)),
+    "norm": (lambda: seeded(BatchNorm, 3, bias=True), (4, 3, 2, 3)),
+    "norm without scale": (lambda: seeded(BatchNorm, 3, scale=False), (4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_derivatives(name):
+    make, shape = LAYERS[name]
+    layer = make()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters(), strict=True) if list(layer.parameters()) else ((), ())
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    values = tuple(parameter.detach().clone().requires_grad_() for parameter in parameters)
+    assert torch.autograd.gradcheck(run, (x, *values))
+    assert torch.autograd.gradgradcheck(run, (x, *values))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_as_plain_operations(name):
+    # Function transforms see plain operations alone.
+    make, shape = LAYERS[name]
+    layer = make()
+    x = torch.randn(shape, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+    mask = torch.randn_like(layer(x))
+
+    def loss(parameters, x):
+        buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        return (torch.func.functional_call(layer, parameters | buffers, x) * mask).sum()
+
+    expected, expected_x = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    start = x.clone().requires_grad_()
+    output = layer(start)
+    assert "Backward" in type(output.grad_fn).__name__
+    found = torch.autograd.grad((output * mask).sum(), (start, *parameters.values()))
+    for ours, plain in zip(found, (expected_x, *expected.values()), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", [BcosConv2d(2, 3, 1), BcosLinear(2, 3)])
+def test_zeros_have_finite_derivatives_of_both_orders(layer):
+    with torch.no_grad():
+        layer.weight[0] = 0
+    x = torch.zeros((1, 2) if isinstance(layer, BcosLinear) else (1, 2, 2, 2))
+    x.view(-1)[:1] = 1
+    x.requires_grad_()
+    first = torch.autograd.grad(layer(x).sum(), (x, layer.weight), create_graph=True)
+    second = torch.autograd.grad(sum(each.square().sum() for each in first), (x, layer.weight))
+    assert all(bool(each.isfinite().all()) for each in (*first, *second))
+
+
+def kept_bytes(network, x):
+    """What a forward pass keeps for the backward pass, beside parameters and the input."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network(x)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers(), x)}
+    return sum(size for place, size in storages.items() if place not in known), output
+
+
+def test_training_keeps_no_more_than_an_ordinary_block():
+    x = torch.rand(8, 16, 32, 32)
+    layers = [BcosConv2d(16, 16, 3, padding=1), BatchNorm(16)]
+    ours, _ = kept_bytes(nn.Sequential(*layers, *layers), x)
+    plain = [nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    ordinary, _ = kept_bytes(nn.Sequential(*plain, *plain), x)
+    assert ours < 1.1 * ordinary
+    norm = bcoskit.functional.patch_norm(x, 3, padding=1)
+    assert ours < 4 * x.nbytes + 8 * norm.nbytes
+
+
+class TestFrozen:
+    def test_it_ends(self):
+        x = torch.ones(2, requires_grad=True)
+        with frozen():
+            assert is_frozen()
+            assert not freeze(x).requires_grad
+        with pytest.raises(RuntimeError, match="size"), frozen():
+            torch.ones(2) @ torch.ones(3)
+        assert not is_frozen()
+        assert freeze(x) is x
+
+    def test_other_threads_know_nothing_of_it(self):
+        with frozen(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(is_frozen).result()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "resnet18.bcos_v2_in1k",
+            "densenet121.bcos_v1_in1k",
+            "convnext_atto.bcos_v2_pn_in1k",
+            "resnet18.bcosification_in1k",
+            "resnet20.bcos_v2_gn_cifar10",
+            "cnn9.bcos_v1_b1_5_cifar10",
+        ],
+    )
+    def test_known_networks_are_explained_as_others(self, name, monkeypatch):
+        torch.manual_seed(0)
+        model = bcoskit.create_model(name).double()
+        x = bcoskit.encode(torch.rand(2, 3, 40, 48, dtype=torch.float64))
+        assert _trust.is_known(model)
+        quick = bcoskit.explain(model, x, target=[[1, 2], [3, 4]])
+        monkeypatch.setattr("bcoskit._explain.is_known", lambda model: False)
+        slow = bcoskit.explain(model, x, target=[[1, 2], [3, 4]])
+        scale = float(slow.weights.abs().max())
+        torch.testing.assert_close(quick.weights / scale, slow.weights / scale, rtol=0, atol=1e-10)
+        torch.testing.assert_close(quick.logits, slow.logits)
+        start = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(start)[:, 1].sum(), start)
+        assert not torch.allclose(quick.weights[:, 0], gradient, rtol=1e-2)
+
+    def test_what_the_graph_shows_is_looked_at_again(self, monkeypatch):
+        torch.manual_seed(0)
+        model = nn.Sequential(BcosConv2d(6, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+        x = torch.rand(2, 6, 4, 4)
+        assert not _trust.is_known(model)
+        slow = bcoskit.explain(model, x)
+        monkeypatch.setattr("bcoskit._explain.is_known", lambda model: True)
+        assert torch.equal(bcoskit.explain(model, x).weights, slow.weights)
+        with pytest.raises(bcoskit.NotLinearError, match="digamma"):
+            bcoskit.explain(nn.Sequential(model, Digamma()).eval(), x)
+
+    def test_what_is_not_known(self):
+        layers = [BcosConv2d(6, 4, 3), nn.ReLU(), nn.Flatten()]
+        assert _trust.is_known(nn.Sequential(*layers))
+        assert not _trust.is_known(nn.Sequential(*layers, Gate("gelu")))
+        assert not _trust.is_known(nn.Sequential(*layers, Digamma()))
+        assert not _trust.is_known(lambda x: x)
+        hooked = nn.Sequential(*layers)
+        handle = hooked[0].register_forward_hook(lambda *_arguments: None)
+        assert not _trust.is_known(hooked)
+        handle.remove()
+        assert _trust.is_known(hooked)
+        handle = nn.modules.module.register_module_forward_hook(lambda *_arguments: None)
+        assert not _trust.is_known(hooked)
+        handle.remove()
+        hooked[1].forward = torch.tanh
+        assert not _trust.is_known(hooked)
+
+
+class Digamma(nn.Module):
+    """Not linear, and without a rule."""
+
+    def forward(self, x):
+        return torch.digamma(x + 2)
