@@ -22,6 +22,7 @@ LEVELS = [
     {"_passes"},
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
+    {"_fuse"},
     {"_trust"},
     {"_explain", "models"},
     {"_audit", "training", "_command_pictures"},

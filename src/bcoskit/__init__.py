@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from bcoskit import data, functional, models, nn, viz
     from bcoskit._audit import AuditReport, audit
     from bcoskit._explain import Explanation, explain
+    from bcoskit._fuse import fuse
     from bcoskit.data import ImageTransform, decode, encode, read_image
     from bcoskit.dynamic import NotLinearError, explanation_mode, freeze, rule
     from bcoskit.models import create_model, from_pretrained, list_models, push_to_hub, save_model, save_pretrained
@@ -27,6 +28,7 @@ __all__ = [
     "freeze",
     "from_pretrained",
     "functional",
+    "fuse",
     "list_models",
     "models",
     "nn",
@@ -52,6 +54,7 @@ _HOMES = {
     "explanation_mode": "dynamic",
     "freeze": "dynamic",
     "from_pretrained": "models",
+    "fuse": "_fuse",
     "list_models": "models",
     "push_to_hub": "models",
     "read_image": "data",

@@ -26,6 +26,7 @@ class Network(nn.Module):
         loss: What its logits become probabilities by: `"bce"` a sigmoid, `"cross_entropy"` a softmax, `"none"`
             nothing, since the output is no vector of classes.
         classifier_path: Path of the last layer, which `reset_classifier` replaces.
+        fused: Whether `bcoskit.fuse` has made it.
         optional_path: Path of a part that only training needs, and that files of weights may lack.
     """
 
@@ -39,6 +40,7 @@ class Network(nn.Module):
     num_classes: int
     in_chans: int
     rebuild: Callable[[int], nn.Module]
+    fused: bool = False
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -71,6 +73,8 @@ class Network(nn.Module):
             raise ValueError(f"`global_pool` (={global_pool!r}) must be None: it is part of a B-cos classifier")
         if type(num_classes) is not int or num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1")
+        if self.fused:
+            raise ValueError("a fused network has no classifier to reset: reset that of the original")
         with WithoutValues():
             fresh = self.rebuild(num_classes)
         parameter = next(self.parameters())

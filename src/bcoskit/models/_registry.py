@@ -157,6 +157,7 @@ def save_model(
         "classes": list(classes),
         "transform": asdict(transform),
         "training": dict(training or {}),
+        "fused": getattr(model, "fused", False),
     }
     tensors = model.state_dict()
     container = Container(tensors, description)
@@ -304,7 +305,9 @@ def _described(path: Path, container: Container) -> ModelRow:
         transform = _transform(container.description.get("transform"), row.transform)
     except (TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path}: its `transform` is of no use ({error})") from error
-    return replace(row, own_classes=tuple(classes), transform=transform)
+    return replace(
+        row, own_classes=tuple(classes), transform=transform, fused=container.description.get("fused") is True
+    )
 
 
 def _transform(values: Any, usual: ImageTransform) -> ImageTransform:

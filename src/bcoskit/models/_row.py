@@ -2,9 +2,10 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
+from bcoskit._fuse import fuse
 from bcoskit.data import ImageTransform
 from bcoskit.models._network import Network
 
@@ -69,6 +70,7 @@ class ModelRow:
         prefix: Before every key in the authors' files.
         checkpoint: Its trained weights, if there are any.
         own_classes: Names of the classes, if they are not those of `dataset`.
+        fused: Whether a file holds the network as `bcoskit.fuse` makes it.
     """
 
     name: str
@@ -79,7 +81,8 @@ class ModelRow:
     loss: Loss
     prefix: str = ""
     checkpoint: Checkpoint | None = None
-    own_classes: tuple[str, ...] | None = field(default=None)
+    own_classes: tuple[str, ...] | None = None
+    fused: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -113,7 +116,8 @@ class ModelRow:
         module, name = self.family
         make = getattr(importlib.import_module(f"bcoskit.models.{module}"), name)
         count = self.num_classes if num_classes is None else num_classes
-        return cast("Network", make(num_classes=count, in_channels=self.in_channels, **self.arguments))
+        network = cast("Network", make(num_classes=count, in_channels=self.in_channels, **self.arguments))
+        return fuse(network.eval()) if self.fused else network
 
     def with_classes(self, num_classes: int | None) -> "ModelRow":
         """The row with another number of classes, which then have numbers for names.

@@ -1,0 +1,140 @@
+"""`fuse`: a network for deployment, in which all that evaluation only multiplies with is part of the filters."""
+
+import copy
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from bcoskit.functional import unit_norm
+from bcoskit.nn import AllNorm, BatchNorm, ClassifierHead, LogitLayer, TokenClassifierHead
+from bcoskit.nn._base import BcosArguments
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def fuse(model: _Model) -> _Model:
+    """Fold what a network multiplies with into its filters: the same logits, the same W(x), fewer passes.
+
+    The transform of `b` is homogeneous of degree `b` in its filters, so that a factor `s` of an output channel is the
+    filter times `sign(s) |s|^(1/b)`. Folded are the unit norms of filters and rows, the layers' divisors, batch norms
+    and norms over all that follow a convolution (of centred ones the rest becomes its bias), scales of residual
+    branches, and the temperature of the logits. What stays: norms that stand before a convolution, which reads their
+    output's norm; norms with statistics of the sample; norms behind MaxOut, which a negative factor would turn into a
+    minimum, and behind exponents other than 1 and 2, whose epsilon is not homogeneous; and the normalisation of images,
+    since the padding of the first convolution is zero behind it.
+
+    Args:
+        model: A network in evaluation mode; it is not changed. Norms are found where `torch.fx` can trace the code
+            around them.
+
+    Returns:
+        A fused copy, whose weights require no gradients. It is not meant to be trained. `save_model` stores that it is
+        fused, so that `create_model` opens it as such.
+
+    Raises:
+        ValueError: If the network is in training mode, or has a learnable exponent.
+    """
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"`model` must be in evaluation mode, its module {training!r} is in training mode")
+    fused = copy.deepcopy(model).requires_grad_(False)
+    layers = {name: module for name, module in fused.named_modules() if isinstance(module, BcosArguments)}
+    learnable = [name for name, layer in layers.items() if isinstance(layer.b, Tensor)]
+    if learnable:
+        raise ValueError(f"`model` has a learnable exponent in {learnable[0]!r}, which cannot be folded")
+    with torch.no_grad():
+        for layer in layers.values():
+            _fold_unit_norm(layer)
+        _fold_norms(fused)
+        for module in fused.modules():
+            _fold_known(module)
+    setattr(fused, "fused", True)  # noqa: B010 - what `save_model` asks for
+    return fused
+
+
+def _fold_unit_norm(layer: Any) -> None:
+    if layer.normalize_weight:
+        layer.weight = nn.Parameter(unit_norm(layer.weight.detach()), requires_grad=False)
+        layer.normalize_weight = False
+    if layer.scale != 1 and layer.b in (1, 2):
+        bias = layer.bias  # which is added behind the division
+        layer.bias = None
+        _multiply(layer, layer.weight.new_full((len(layer.weight) // layer.max_out,), 1 / layer.scale))
+        layer.bias, layer.scale = bias, 1.0
+
+
+def _multiply(layer: Any, factor: Tensor) -> None:
+    """Make the transform of a layer `factor` times as large, per output."""
+    root = factor.sign() * factor.abs().pow(1 / layer.b)
+    rows = root.repeat_interleave(layer.max_out).reshape(-1, *[1] * (layer.weight.ndim - 1))
+    layer.weight = nn.Parameter(layer.weight * rows.to(layer.weight.dtype), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias * factor, requires_grad=False)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's layers and ours."""
+        inner = isinstance(m, nn.Sequential)
+        return not inner and type(m).__module__.startswith(("torch.nn.", "bcoskit.nn."))
+
+
+def _fold_norms(module: nn.Module) -> None:
+    """Fold the norms that follow a convolution which nothing else reads; in parts where code cannot be traced."""
+    if not any(isinstance(part, (AllNorm, BatchNorm)) for part in module.modules()):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # control flow on values, in any of the ways in which code can have it
+        for child in module.children():
+            _fold_norms(child)
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses = Counter(str(node.target) for node in calls)
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        path, layer_path = str(node.target), str(before.target)
+        if uses[path] == uses[layer_path] == 1:
+            norm, layer = module.get_submodule(path), module.get_submodule(layer_path)
+            if _foldable(layer, norm):
+                _fold_norm(layer, norm)
+                module.set_submodule(path, nn.Identity().eval())
+
+
+def _foldable(layer: Any, norm: Any) -> bool:
+    running = isinstance(norm, (AllNorm, BatchNorm)) and norm.running_var is not None
+    return running and isinstance(layer, BcosArguments) and layer.max_out == 1 and layer.b in (1, 2)
+
+
+def _fold_norm(layer: Any, norm: Any) -> None:
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    factor = factor if norm.weight is None else factor * norm.weight
+    constant = torch.zeros_like(factor) if norm.bias is None else norm.bias
+    if norm.centered:
+        constant = constant - norm.running_mean * factor
+    outputs = len(layer.weight)
+    _multiply(layer, factor.expand(outputs))
+    if norm.centered or norm.bias is not None:
+        bias = constant.expand(outputs)
+        layer.bias = nn.Parameter((bias if layer.bias is None else layer.bias + bias).clone(), requires_grad=False)
+
+
+def _fold_known(module: Any) -> None:
+    """Fold the factors that a module of known code applies behind a layer."""
+    if type(module).__name__ == "ConvNeXtBlock" and module.gamma is not None:
+        last = module.mlp.fc2
+        if isinstance(last, BcosArguments) and last.max_out == 1 and last.b in (1, 2):
+            _multiply(last, module.gamma)
+            module.gamma = None
+    layer: Any = next((part for part in module.children() if isinstance(part, BcosArguments)), None)
+    logits = next((part for part in module.children() if isinstance(part, LogitLayer)), None)
+    # In a head the layer, an average and the logits follow each other.
+    if not isinstance(module, (ClassifierHead, TokenClassifierHead)) or layer is None or logits is None:
+        return
+    if logits.temperature is not None and layer.b in (1, 2):
+        _multiply(layer, layer.weight.new_full((len(layer.weight) // layer.max_out,), 1 / logits.temperature))
+        logits.temperature = None
