@@ -25,7 +25,7 @@ LEVELS = [
     {"_fuse"},
     {"_trust"},
     {"_explain", "models"},
-    {"_audit", "training", "_command_pictures"},
+    {"_audit", "_compile_explain", "training", "_command_pictures"},
     {"_command_explain", "_command_models"},
     {"cli"},
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bcoskit import data, functional, models, nn, viz
     from bcoskit._audit import AuditReport, audit
+    from bcoskit._compile_explain import compile_explain
     from bcoskit._explain import Explanation, explain
     from bcoskit._fuse import fuse
     from bcoskit.data import ImageTransform, decode, encode, read_image
@@ -19,6 +20,7 @@ __all__ = [
     "NotLinearError",
     "__version__",
     "audit",
+    "compile_explain",
     "create_model",
     "data",
     "decode",
@@ -47,6 +49,7 @@ _HOMES = {
     "ImageTransform": "data",
     "NotLinearError": "dynamic",
     "audit": "_audit",
+    "compile_explain": "_compile_explain",
     "create_model": "models",
     "decode": "data",
     "encode": "data",

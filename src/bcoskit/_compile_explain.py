@@ -1,0 +1,95 @@
+"""`compile_explain`: explanations as one compiled program."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcoskit._checks import check_inputs, untouched
+from bcoskit._explain import Explanation, explain
+from bcoskit._layers import uncompiled
+from bcoskit._targets import Target, select
+from bcoskit.dynamic import ProductPolicy, explanation_mode
+
+_TOLERANCE = 1e-2  # a ReLU near 0 may open in one and stay closed in the other
+
+
+class CompiledExplain(Protocol):
+    """What `compile_explain` returns."""
+
+    def __call__(self, x: Tensor, target: Target = None) -> Explanation:
+        """Explain a batch; arguments and result as of `explain`."""
+        ...
+
+
+def compile_explain(
+    model: nn.Module, *, products: ProductPolicy = "split", backend: str = "inductor"
+) -> CompiledExplain:
+    """Compile a network's explanation, forward and backward pass together: for many batches of one shape.
+
+    The first batch of each shape is compiled, which takes a while, and its first sample is explained by `explain` as
+    well, whose audit is the proof that the network is dynamic linear. Several targets take one backward pass.
+
+    Args:
+        model: A network in evaluation mode with logits (N, K). Its parameters are read at each call.
+        products: As of `explain`.
+        backend: As of `torch.compile`.
+
+    Returns:
+        A function of `x` and `target`, which returns what `explain` does. It raises as `explain`, and `ValueError` if
+        W(x) of the first sample is not that of `explain`, which no compiler should do.
+    """
+    network = uncompiled(model)
+    program = torch.compile(_program(network, products), backend=backend, dynamic=False)
+    classes_of: dict[tuple[Any, ...], int] = {}
+
+    def compiled(x: Tensor, target: Target = None) -> Explanation:
+        check_inputs(network, x)
+        key = (*x.shape, x.dtype, x.device)
+        proof = None
+        if key not in classes_of:
+            proof = explain(network, x[:1], products=products)
+            if proof.logits.ndim != 2:
+                raise ValueError(f"`model` has outputs of shape {tuple(proof.logits.shape)}, must have logits (N, K)")
+        classes = classes_of[key] if proof is None else proof.logits.shape[1]
+        chosen, several = None, False
+        if target is not None:
+            _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
+            assert chosen is not None
+            several = chosen.ndim == 2
+            chosen = chosen if several else chosen[:, None]
+        with untouched(x.device), torch.no_grad():
+            logits, found, weights = program(x, chosen)
+        if not bool(logits.isfinite().all() & weights.isfinite().all()):
+            raise ValueError("logits or W(x) hold values that are not finite")
+        if proof is not None:
+            _compare(explain(network, x[:1], found[:1, :1], products=products), weights[:1, :1])
+            classes_of[key] = classes
+        value = logits.gather(1, found)
+        if not several:
+            value, found, weights = value[:, 0], found[:, 0], weights[:, 0]
+        return Explanation(x, logits, value, found, None, weights, products=products)
+
+    return compiled
+
+
+def _program(network: Callable[..., Any], products: ProductPolicy) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def run(x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        with explanation_mode(products=products):
+            logits, pull = torch.func.vjp(network, x)
+            chosen = logits.argmax(1, keepdim=True) if target is None else target
+            masks = F.one_hot(chosen, logits.shape[1]).to(logits.dtype)  # (N, targets, K)
+            weights = torch.stack([pull(masks[:, index])[0] for index in range(chosen.shape[1])], 1)
+        return logits, chosen, weights
+
+    return run
+
+
+def _compare(expected: Explanation, weights: Tensor) -> None:
+    off = float((weights - expected.weights).abs().max() / expected.weights.abs().max())
+    if not off < _TOLERANCE:
+        raise ValueError(
+            f"the compiled W(x) is another one than that of `explain`: off by {off:.0e} of its largest entry"
+        )
