@@ -78,7 +78,8 @@ def compile_explain(
 def _program(network: Callable[..., Any], products: ProductPolicy) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def run(x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with explanation_mode(products=products):
-            logits, pull = torch.func.vjp(network, x)
+            outputs: Any = torch.func.vjp(network, x)
+            logits, pull = outputs
             chosen = logits.argmax(1, keepdim=True) if target is None else target
             masks = F.one_hot(chosen, logits.shape[1]).to(logits.dtype)  # (N, targets, K)
             weights = torch.stack([pull(masks[:, index])[0] for index in range(chosen.shape[1])], 1)
@@ -90,6 +91,4 @@ def _program(network: Callable[..., Any], products: ProductPolicy) -> Callable[.
 def _compare(expected: Explanation, weights: Tensor) -> None:
     off = float((weights - expected.weights).abs().max() / expected.weights.abs().max())
     if not off < _TOLERANCE:
-        raise ValueError(
-            f"the compiled W(x) is another one than that of `explain`: off by {off:.0e} of its largest entry"
-        )
+        raise ValueError(f"the compiled W(x) is not that of `explain`: off by {off:.0e} of its largest entry")

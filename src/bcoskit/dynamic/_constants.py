@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bcoskit.dynamic._mode import ExplanationMode, ProductPolicy, name_of, tensors_in, writes
 from bcoskit.dynamic._places import Places
@@ -40,26 +41,25 @@ class ConstantsMode(ExplanationMode):
         super().__init__(products=products)
         self.shares: dict[str, Tensor] = {}
         self._places = Places(model)
-        # Constants computed from named ones keep their names; the tensors are kept, so that no id is used twice.
-        self._names: dict[int, frozenset[str]] = {}
-        self._kept: list[Tensor] = []
+        # Constants computed from named ones keep their names, as long as there are such constants.
+        self._names = WeakIdKeyDictionary()
         if isinstance(model, nn.Module):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                self._names[id(tensor)] = frozenset([name])
+                self._names[tensor] = frozenset([name])
 
     def _without_parameter(self, value: Any) -> Any:
         frozen = super()._without_parameter(value)
-        if frozen is not value and id(value) in self._names:
-            self._name(frozen, self._names[id(value)])
+        if frozen is not value and isinstance(value, Tensor) and value in self._names:
+            self._names[frozen] = self._names[value]
         return frozen
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and listen for the gradient of its output if it has a constant."""
         if not any(self.depends_on_input(tensor) for tensor in tensors_in((args, kwargs))):
             output = super().natural(func, args, kwargs)
-            names = frozenset[str]().union(*(self._names.get(id(tensor), ()) for tensor in tensors_in((args, kwargs))))
+            names = frozenset[str]().union(*(self._names.get(tensor) or () for tensor in tensors_in((args, kwargs))))
             for tensor in tensors_in(output) if names else ():
-                self._name(tensor, names)
+                self._names[tensor] = names
             return output
         saturates = _saturates(func, args, kwargs)
         constants = iter([self._of_saturation(func, args, kwargs)] if saturates else self._at_zero(func, args, kwargs))
@@ -72,10 +72,6 @@ class ConstantsMode(ExplanationMode):
             listen(args[0])
             return None
         return _map(output, listen)
-
-    def _name(self, tensor: Tensor, names: frozenset[str]) -> None:
-        self._names[id(tensor)] = names
-        self._kept.append(tensor)
 
     def _of_saturation(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The constant of an operation that passes its input on, or a bound: `y - Σ ∂y/∂x · x`, entry by entry."""
@@ -140,7 +136,6 @@ class ConstantsMode(ExplanationMode):
         elif tensor._is_view():
             # A new value that is a view of a hidden one: if written to, it would lose its hook.
             listened = tensor = tensor.clone()
-        self._kept.append(constant)
 
         def collect(gradient: Tensor) -> None:
             share = (gradient * constant).sum()
@@ -153,11 +148,11 @@ class ConstantsMode(ExplanationMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], constant: Tensor
     ) -> str:
         """The names of the constants without which the operation would output something else at 0."""
-        named = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._names]
-        groups = {self._names[id(tensor)] for tensor in named}
+        named = [tensor for tensor in tensors_in((args, kwargs)) if tensor in self._names]
+        groups = {self._names[tensor] for tensor in named}
         if len(groups) > 1:
             groups = {
-                self._names[id(tensor)]
+                self._names[tensor]
                 for tensor in named
                 if not torch.equal(self._at_zero(func, args, kwargs, without=tensor)[0], constant)
             }
