@@ -8,7 +8,7 @@ passes and explanations `fused`, ours after `bcoskit.fuse`. Works: `forward` of 
 image, for ordinary networks the gradient of a logit with respect to the input; `explain batch`, for the authors one
 image after the other; `ten targets` of one image; `train`, one step of SGD. Times are medians of the ratios to the
 first subject of the same round, with quartiles. Memory is the growth of the peak of the process during one call
-(allocated memory on a GPU, which is used if there is one). Writes speed.json and speed.md; `--check` measures what an
+(allocated memory on a GPU, which is used if there is one). Writes JSON and Markdown; `--check` measures what an
 earlier file has, and fails if something got slower by more than both spreads.
 """
 
@@ -255,6 +255,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default="speed", help="of the files that are written")
     parser.add_argument("--check", type=Path, help="results of an earlier run")
     options = parser.parse_args()
     settings = [
@@ -284,8 +285,8 @@ def main() -> int:
         console.print("\n".join(found) if found else "nothing got slower", highlight=False, markup=False)
         return int(bool(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "speed.md").write_text(markdown(results))
+    (options.out / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{options.name}.md").write_text(markdown(results))
     return 0
 
 
