@@ -86,6 +86,8 @@ def subjects(setting: Setting, batch: int) -> dict[str, Callable[[], object]]:
         x = (pixels if subject == "ordinary" else bcoskit.encode(pixels)).to(DEVICE)
         x = x.contiguous(memory_format=FORMATS[setting.layout])
         network = network.to(DEVICE, memory_format=FORMATS[setting.layout]).train(setting.work == "train")
+        # Explanations need no gradients of weights, which a compiled backward pass would compute.
+        network = network.requires_grad_(setting.work == "train")
         call = _call(setting, subject, network, x)
         if call is not None:
             autocast = partial(torch.autocast, DEVICE.type, DTYPES[setting.dtype], setting.dtype != "float32")

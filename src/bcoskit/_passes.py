@@ -42,12 +42,18 @@ def scaled(y: Tensor, norm: Tensor) -> Tensor:
     return _Scaled.apply(y, norm)
 
 
+def cosine_of(y: Tensor, norm: Tensor) -> Tensor:
+    """`|y| / norm`, without a derivative: a product is faster than a quotient, where the norm is a small map."""
+    cosine = y.detach().abs()
+    return cosine.mul_(norm.reciprocal()) if 4 * norm.numel() <= y.numel() else cosine.div_(norm)
+
+
 class _Scaled(torch.autograd.Function):
     """Keeps its output, which the next layer keeps too, instead of `y`: `|y| / norm = sqrt(|output| / norm)`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, norm: Tensor) -> Tensor:
-        output = y.abs().div_(norm).mul_(y)
+        output = cosine_of(y, norm).mul_(y)
         ctx.save_for_backward(output, norm)
         return output
 

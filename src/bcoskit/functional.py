@@ -314,7 +314,7 @@ def _scaled(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     if not isinstance(b, Tensor) and b == 2 and _passes.at_hand(y) and y.dtype == norm.dtype:
         return _passes.scaled(y, norm)
     if not isinstance(b, Tensor) and b == 2 and _passes.for_constants(y):
-        return y * freeze(y).abs().div_(norm)
+        return y * _passes.cosine_of(y, norm)
     return y * _cosine_power(freeze(y), norm, b)
 
 
