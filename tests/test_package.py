@@ -23,7 +23,7 @@ LEVELS = [
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
     {"_fuse"},
-    {"_trust"},
+    {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "training", "_command_pictures"},
     {"_command_explain", "_command_models"},

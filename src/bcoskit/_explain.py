@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bcoskit._checks import check_channel_dim, check_inputs, check_output, untouched
-from bcoskit._layers import run_between, uncompiled
-from bcoskit._targets import Target, Versus, picked, select
+from bcoskit._checks import check_inputs
+from bcoskit._layers import uncompiled
+from bcoskit._linear_map import Task, not_linear, run_frozen, shares_of
+from bcoskit._targets import Target, Versus, picked
 from bcoskit._trust import is_known
-from bcoskit.dynamic import ExplanationMode, NotLinearError, ProductPolicy, explanation_mode, frozen
-from bcoskit.dynamic._constants import ConstantsMode
-from bcoskit.dynamic._graph import LocatingMode, Violation, violations
+from bcoskit.dynamic import ProductPolicy, explanation_mode, frozen
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -244,20 +242,20 @@ def explain(
     model = uncompiled(model)
     check_inputs(model, x)
     layers = (from_layer, to_layer)
-    task = _Task(model, x, layers, target, versus, channel_dim, create_graph, weighted=not shares or create_graph)
+    task = Task(model, x, layers, target, versus, channel_dim, create_graph, weighted=not shares or create_graph)
     # Of a network whose code is known the graph tells all; of others each operation is looked at.
     known = not create_graph and is_known(model)
-    found = _run(task, explanation_mode(), frozen()) if known else None
+    found = run_frozen(task, explanation_mode(), frozen()) if known else None
     if found is None or found.faults:
         mode = explanation_mode(products=products, create_graph=create_graph)
-        found = _run(task, mode, mode)
+        found = run_frozen(task, mode, mode)
     if found.faults:
-        raise _not_linear(model, x, layers, products, found.faults)
+        raise not_linear(model, x, layers, products, found.faults)
     constants, weights = None, found.weights
     if shares:
         # Shares bring a W(x) of their own, from the same pass: in another one rounding may flip a ReLU.
         chosen = target if found.classes is None else found.classes
-        constants, own = _shares(model, x, chosen, found.others, layers, products)
+        constants, own = shares_of(model, x, chosen, found.others, layers, products)
         weights = own if weights is None else weights
     assert weights is not None
     kept = _identity if create_graph else Tensor.detach
@@ -274,135 +272,5 @@ def explain(
     )
 
 
-_Layers = tuple[str | None, str | None]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is to be explained."""
-
-    model: Callable[..., Any]
-    x: Tensor
-    layers: _Layers
-    target: Target
-    versus: Versus
-    channel_dim: int | None
-    create_graph: bool
-    weighted: bool
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A pass through the network: where W(x) begins and ends, what is explained, and W(x), if it is linear."""
-
-    start: Tensor
-    output: Tensor
-    value: Tensor
-    classes: Tensor | None
-    others: Tensor | None
-    faults: tuple[Violation, ...]
-    weights: Tensor | None
-
-
-def _run(task: _Task, mode: ExplanationMode, context: AbstractContextManager[object]) -> _Found:
-    """Run the network in a context that freezes its factors, and read W(x)."""
-    with untouched(task.x.device), context:
-        start, output = run_between(task.model, task.x, _entry(mode), *task.layers)
-        check_channel_dim(task.channel_dim, start)
-        check_output(output, len(task.x))
-        value, classes, others = select(output, task.target, task.versus)
-        faults = tuple(violations(value, mode))
-        weights = _weights(value, start, task.create_graph) if task.weighted and not faults else None
-    return _Found(start, output, value, classes, others, faults, weights)
-
-
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _entry(mode: ExplanationMode) -> Callable[[Tensor], Tensor]:
-    """What makes the start of an explanation out of an input: a copy, which the network may write to."""
-
-    def enter(value: Tensor) -> Tensor:
-        if not mode.create_graph or not value.requires_grad:
-            value = value.detach().requires_grad_()
-        return mode.start_at(value.clone())
-
-    return enter
-
-
-def _not_linear(
-    model: Callable[..., Any], x: Tensor, layers: _Layers, products: ProductPolicy, faults: tuple[Violation, ...]
-) -> NotLinearError:
-    """The error that names what the graph audit found, with the places that one more pass notes."""
-    mode = LocatingMode(model, products)
-    with untouched(x.device), mode:
-        _, output = run_between(model, x.detach(), _entry(mode), *layers)
-        located = tuple(violations(output, mode)) or faults
-    listed = "; ".join(str(violation) for violation in located[:3])
-    more = f"; and {len(located) - 3} more" if len(located) > 3 else ""
-    return NotLinearError(
-        f"the network is not dynamic linear: {listed}{more}. Replace the operation, or register what is to be frozen "
-        "in it with `bcoskit.rule`"
-    )
-
-
-def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
-    """One backward pass per target: the samples do not interact, so that a sum over them keeps them apart."""
-    columns = value.unbind(1) if value.ndim == 2 else (value,)
-    last = len(columns) - 1
-    rows = [_row(column, start, create_graph or index < last, create_graph) for index, column in enumerate(columns)]
-    return torch.stack(rows, 1) if value.ndim == 2 else rows[0]
-
-
-def _row(column: Tensor, start: Tensor, keep: bool, create_graph: bool = False) -> Tensor:
-    gradients: Any = torch.autograd.grad(
-        column.sum(), start, retain_graph=keep, create_graph=create_graph, allow_unused=True
-    )
-    row: Tensor | None = gradients[0]
-    if row is None:
-        raise ValueError("the target does not depend on the input of the explanation: check the layers and the target")
-    if not bool(torch.isfinite(row).all()):
-        raise ValueError("W(x) holds values that are not finite: some operation has no finite gradient at this input")
-    return row
-
-
-def _shares(
-    model: Callable[..., Any],
-    x: Tensor,
-    target: Target,
-    versus: Tensor | None,
-    layers: _Layers,
-    products: ProductPolicy,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every constant's share, each like the value that is explained, and W(x).
-
-    One sample at a time: inside a network an axis need not belong to samples, so that only a pass of its own tells
-    which of a constant's shares are a sample's.
-    """
-    samples: list[list[dict[str, Tensor]]] = []
-    weights: list[Tensor] = []
-    several = False
-    for index in range(len(x)):
-        mode = ConstantsMode(model, products)
-        sample = x[index : index + 1].detach()
-        with untouched(x.device):
-            with mode:
-                start, output = run_between(model, sample, _entry(mode), *layers)
-            chosen = target[index : index + 1] if isinstance(target, Tensor) else target
-            value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
-            several = value.ndim == 2
-            collected: list[dict[str, Tensor]] = []
-            rows: list[Tensor] = []
-            for column in value.unbind(1) if several else (value,):
-                mode.shares = {}
-                rows.append(_row(column, start, keep=True))
-                collected.append(mode.shares)
-        samples.append(collected)
-        weights.append(torch.stack(rows, 1) if several else rows[0])
-    names = sorted({name for sample in samples for column in sample for name in column})
-    zero = x.new_zeros(())
-    table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
-    stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
-    shares = stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}
-    return shares, torch.cat(weights)
