@@ -55,7 +55,7 @@ def test_refusals(compiled):
     with pytest.raises(ValueError, match="evaluation mode"):
         bcoskit.compile_explain(network().train(), backend="aot_eager")(x)
     maps = nn.Sequential(BcosConv2d(6, 4, 3))
-    with pytest.raises(ValueError, match=r"does not fit the output of shape \(1, 4, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"must have logits \(N, K\)"):
         bcoskit.compile_explain(maps.eval(), backend="aot_eager")(x, (0, 1, 1))
     with pytest.raises(ValueError, match="not finite"):
         explain(torch.full_like(x, torch.nan))

@@ -9,6 +9,7 @@ from torch import nn
 import bcoskit
 from bcoskit import _trust
 from bcoskit.dynamic import freeze, frozen, is_frozen
+from bcoskit.dynamic._mode import RULES, rule_key
 from bcoskit.nn import BatchNorm, BcosConv2d, BcosLinear, Gate
 
 
@@ -158,6 +159,16 @@ class TestFrozen:
         assert torch.equal(bcoskit.explain(model, x).weights, slow.weights)
         with pytest.raises(bcoskit.NotLinearError, match="digamma"):
             bcoskit.explain(nn.Sequential(model, Digamma()).eval(), x)
+
+    def test_rules_of_users_are_applied(self, monkeypatch):
+        torch.manual_seed(0)
+        model = nn.Sequential(BcosConv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+        x = torch.rand(2, 6, 4, 4)
+        before = bcoskit.explain(model, x, 1).weights
+        key = rule_key(nn.functional.relu)
+        monkeypatch.setitem(RULES, key, lambda mode, func, args, kwargs: 2 * args[0])
+        assert not _trust.is_known(model)
+        assert not torch.allclose(bcoskit.explain(model, x, 1).weights, before)
 
     def test_what_is_not_known(self):
         layers = [BcosConv2d(6, 4, 3), nn.ReLU(), nn.Flatten()]

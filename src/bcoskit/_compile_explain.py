@@ -30,7 +30,7 @@ def compile_explain(
     """Compile a network's explanation, forward and backward pass together: for many batches of one shape.
 
     The first batch of each shape is compiled, which takes a while, and its first sample is explained by `explain` as
-    well, whose audit is the proof that the network is dynamic linear. Several targets take one backward pass.
+    well, whose audit is the proof that the network is dynamic linear. The program has one backward pass per target.
 
     Args:
         model: A network in evaluation mode with logits (N, K). Its parameters are read at each call.
@@ -48,12 +48,14 @@ def compile_explain(
     def compiled(x: Tensor, target: Target = None) -> Explanation:
         check_inputs(network, x)
         key = (*x.shape, x.dtype, x.device)
-        proof = None
-        if key not in classes_of:
-            proof = explain(network, x[:1], products=products)
-            if proof.logits.ndim != 2:
-                raise ValueError(f"`model` has outputs of shape {tuple(proof.logits.shape)}, must have logits (N, K)")
-        classes = classes_of[key] if proof is None else proof.logits.shape[1]
+        classes = classes_of.get(key)
+        is_new = classes is None
+        if classes is None:
+            with torch.no_grad():
+                shape = network(x[:1]).shape
+            if len(shape) != 2:
+                raise ValueError(f"`model` has outputs of shape {tuple(shape)}, must have logits (N, K)")
+            classes = int(shape[1])
         chosen, several = None, False
         if target is not None:
             _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
@@ -64,7 +66,7 @@ def compile_explain(
             logits, found, weights = program(x, chosen)
         if not bool(logits.isfinite().all() & weights.isfinite().all()):
             raise ValueError("logits or W(x) hold values that are not finite")
-        if proof is not None:
+        if is_new:
             _compare(explain(network, x[:1], found[:1, :1], products=products), weights[:1, :1])
             classes_of[key] = classes
         value = logits.gather(1, found)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bcoskit.functional import unit_norm
-from bcoskit.nn import AllNorm, BatchNorm, ClassifierHead, LogitLayer, TokenClassifierHead
+from bcoskit.nn import AllNorm, BatchNorm, ClassifierHead, TokenClassifierHead
 from bcoskit.nn._base import BcosArguments
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -130,11 +130,9 @@ def _fold_known(module: Any) -> None:
         if isinstance(last, BcosArguments) and last.max_out == 1 and last.b in (1, 2):
             _multiply(last, module.gamma)
             module.gamma = None
-    layer: Any = next((part for part in module.children() if isinstance(part, BcosArguments)), None)
-    logits = next((part for part in module.children() if isinstance(part, LogitLayer)), None)
-    # In a head the layer, an average and the logits follow each other.
-    if not isinstance(module, (ClassifierHead, TokenClassifierHead)) or layer is None or logits is None:
-        return
-    if logits.temperature is not None and layer.b in (1, 2):
-        _multiply(layer, layer.weight.new_full((len(layer.weight) // layer.max_out,), 1 / logits.temperature))
-        logits.temperature = None
+    elif isinstance(module, (ClassifierHead, TokenClassifierHead)):
+        layer: Any = module.conv if isinstance(module, ClassifierHead) else module.linear
+        if module.logits.temperature is not None and layer.b in (1, 2):
+            factor = 1 / module.logits.temperature
+            _multiply(layer, layer.weight.new_full((len(layer.weight) // layer.max_out,), factor))
+            module.logits.temperature = None

@@ -3,6 +3,7 @@
 import torch.nn.modules.module as torch_module
 from torch import nn
 
+from bcoskit.dynamic.rules import are_built_in
 from bcoskit.nn import (
     AllNorm,
     BatchNorm,
@@ -44,6 +45,8 @@ _HOOKS = (
 
 def is_known(model: object) -> bool:
     """Whether all code of a network is known, none of its layers needs a rule, and nobody has put hooks on it."""
+    if not are_built_in():  # a user's rule may be for an operation that needs none
+        return False
     if not isinstance(model, nn.Module) or any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
         return False
     return all(_is_known(module) for module in model.modules())

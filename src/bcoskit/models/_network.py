@@ -1,6 +1,7 @@
 """What all networks with a name share."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from re import Match
 from typing import Any, ClassVar, TypeAlias
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageTransform
 from bcoskit.models._building import WithoutValues
+
+# He et al., ICCV 2015, by the fan-out.
+by_fan_out = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
 Rename: TypeAlias = tuple[str, str | Callable[[Match[str]], str]]
 
@@ -25,11 +29,13 @@ class Network(nn.Module):
         classes: Names of the classes.
         loss: What its logits become probabilities by: `"bce"` a sigmoid, `"cross_entropy"` a softmax, `"none"`
             nothing, since the output is no vector of classes.
+        initialize_filter: Fills the filters of a convolution, where the paper does it in another way than torch.
         classifier_path: Path of the last layer, which `reset_classifier` replaces.
         fused: Whether `bcoskit.fuse` has made it.
         optional_path: Path of a part that only training needs, and that files of weights may lack.
     """
 
+    initialize_filter: ClassVar[Callable[[Tensor], object] | None] = None
     classifier_path: ClassVar[str]
     optional_path: ClassVar[str | None] = None
     feature_info: Any
@@ -73,6 +79,8 @@ class Network(nn.Module):
             raise ValueError(f"`global_pool` (={global_pool!r}) must be None: it is part of a B-cos classifier")
         if type(num_classes) is not int or num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1")
+        if not hasattr(self, "rebuild"):
+            raise ValueError("only a network that `create_model` has made knows how its classifier is made")
         if self.fused:
             raise ValueError("a fused network has no classifier to reset: reset that of the original")
         with WithoutValues():
@@ -107,6 +115,10 @@ class Network(nn.Module):
 
     def initialize(self, module: nn.Module) -> None:
         """Fresh weights of one layer: torch's own, where the paper has no other."""
+        fill = type(self).initialize_filter
+        if fill is not None and isinstance(module, nn.Conv2d):
+            fill(module.weight)
+            return
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()

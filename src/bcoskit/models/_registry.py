@@ -102,7 +102,7 @@ def create_model(
         return _from_file(Path(name), None, num_classes, in_channels)
     row = model_row(name)
     if weights is False:
-        return _built(row.with_classes(num_classes).with_channels(in_channels))
+        return _filled(_skeleton(row.with_classes(num_classes).with_channels(in_channels)), {})
     path = _released(row) if weights is True else _given(weights)
     return _from_file(path, row, num_classes, in_channels)
 
@@ -213,18 +213,22 @@ def _given(weights: str | os.PathLike[str]) -> Path:
     return cached(text) if text.lower().startswith(("https://", "http://")) else Path(weights)
 
 
-def _built(row: ModelRow, tensors: Mapping[str, Tensor] | None = None) -> Network:
-    """The network of a row. What of its weights is not given is fresh; no weight is made twice."""
-    device = torch.get_default_device()
+def _skeleton(row: ModelRow) -> Network:
+    """The network of a row, without values."""
     with WithoutValues():
         network = row.build()
     network.name, network.transform, network.classes, network.loss = row.name, row.transform, row.classes, row.loss
     network.rebuild = partial(_rebuilt, row)
-    if tensors is not None:
-        expected = network.state_dict()
-        taken: set[int] = set()
-        own = {key: _owned(tensor, expected[key].dtype, device, taken) for key, tensor in tensors.items()}
-        network.load_state_dict(own, strict=False, assign=True)
+    return network
+
+
+def _filled(network: Network, tensors: Mapping[str, Tensor]) -> Network:
+    """Give a skeleton its weights. What is not given is fresh; no weight is made twice."""
+    device = torch.get_default_device()
+    expected = network.state_dict()
+    taken: set[int] = set()
+    own = {key: _owned(tensor, expected[key].dtype, device, taken) for key, tensor in tensors.items()}
+    network.load_state_dict(own, strict=False, assign=True)
     network.materialize(network, device)
     return network.eval()
 
@@ -261,13 +265,12 @@ def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_cha
             "the network's `transform` makes grey images fit"
         )
     wanted = row.with_classes(num_classes)
-    with WithoutValues():
-        network = wanted.build()
+    network = _skeleton(wanted)
     fresh = _fresh_parts(container, network, wanted) if num_classes is not None else ()
     found = match(container, network, wanted.prefix, fresh=fresh)
     if found.fault is not None:
         raise WeightsError(f"{path}: does not fit {wanted.name} with {wanted.num_classes} classes, it {found.fault}")
-    return _built(wanted, found.tensors)
+    return _filled(network, found.tensors)
 
 
 def _fresh_parts(container: Container, network: Network, row: ModelRow) -> tuple[str, ...]:
@@ -278,6 +281,8 @@ def _fresh_parts(container: Container, network: Network, row: ModelRow) -> tuple
     rows = rows_of(container, network, row.prefix, weight)
     if rows is None or rows == len(network.state_dict()[weight]):
         return ()
+    if row.fused:
+        raise ValueError(f"`num_classes` (={row.num_classes}) cannot change a fused network: take the original")
     return (
         (network.classifier_path,)
         if network.optional_path is None

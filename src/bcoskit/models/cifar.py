@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from bcoskit.models._network import Network, Rename
+from bcoskit.models._network import Network, Rename, by_fan_out
 from bcoskit.models._norms import norm_layer
 from bcoskit.nn import BcosConv2d, ClassifierHead
 
@@ -68,6 +68,7 @@ class CifarResNet(Network):
         ValueError: If `depth` is not 6n + 2.
     """
 
+    initialize_filter = staticmethod(by_fan_out)
     classifier_path = "fc"
 
     def __init__(
@@ -104,13 +105,6 @@ class CifarResNet(Network):
             for index, reduction in ((1, 1), (2, 2), (3, 4))
         ]
         self.reset_parameters()
-
-    def initialize(self, module: nn.Module) -> None:
-        """Filters as of He et al. (ICCV 2015) by their fan-out."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            super().initialize(module)
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors'."""

@@ -1,6 +1,7 @@
 """ConvNeXt: timm's, with the layers of a set."""
 
 from collections.abc import Sequence
+from functools import partial
 from re import Match
 from typing import Any
 
@@ -32,6 +33,7 @@ class ConvNeXt(Network, convnext.ConvNeXt):  # pyright: ignore[reportIncompatibl
         layers: The layers.
     """
 
+    initialize_filter = staticmethod(partial(nn.init.trunc_normal_, std=0.02))
     classifier_path = "head.fc"
 
     def __init__(self, num_classes: int, in_channels: int, *, architecture: str, layers: LayerSet) -> None:
@@ -53,10 +55,8 @@ class ConvNeXt(Network, convnext.ConvNeXt):  # pyright: ignore[reportIncompatibl
         self.reset_parameters()
 
     def initialize(self, module: nn.Module) -> None:
-        """Filters from a normal distribution of 0.02, and scales of the residual branches of 1e-6."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-        elif isinstance(module, convnext.ConvNeXtBlock):
+        """The scales of the residual branches are 1e-6."""
+        if isinstance(module, convnext.ConvNeXtBlock):
             assert module.gamma is not None
             nn.init.constant_(module.gamma, _LAYER_SCALE)
         else:

@@ -34,6 +34,7 @@ class DenseNet(Network, densenet.DenseNet):
         layers: The layers.
     """
 
+    initialize_filter = staticmethod(nn.init.kaiming_normal_)
     classifier_path = "classifier"
 
     def __init__(self, num_classes: int, in_channels: int, *, architecture: str, layers: LayerSet) -> None:
@@ -45,13 +46,6 @@ class DenseNet(Network, densenet.DenseNet):
         self.num_classes = num_classes
         self._converted = layers.activations
         self.reset_parameters()
-
-    def initialize(self, module: nn.Module) -> None:
-        """Filters as of He et al. (ICCV 2015) by their fan-in."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        else:
-            super().initialize(module)
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors', who number the parts of a converted network."""

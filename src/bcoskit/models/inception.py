@@ -17,6 +17,8 @@ from bcoskit.models._substitution import rules_of, substitute
 
 _SMALLEST_MAP = 17  # of which the auxiliary classifier's average and 5×5 convolution leave one position
 
+_truncated = partial(nn.init.trunc_normal_, std=0.1, a=-0.2, b=0.2)
+
 
 class InceptionOutputs(NamedTuple):
     """What an Inception network returns in training: its logits, and those of its auxiliary classifier."""
@@ -53,6 +55,7 @@ class InceptionV3(Network, OrdinaryInceptionV3):
         layers: The layers.
     """
 
+    initialize_filter = staticmethod(_truncated)
     classifier_path = "fc"
     optional_path = "AuxLogits"
 
@@ -86,13 +89,6 @@ class InceptionV3(Network, OrdinaryInceptionV3):
             height, width = x.shape[-2:]
             raise ValueError(f"`x` of {height}x{width} pixels is too small to train on: 299 are needed")
         return InceptionOutputs(self.forward_head(self.forward_postaux(maps)), self.AuxLogits(maps))
-
-    def initialize(self, module: nn.Module) -> None:
-        """Filters from a normal distribution of 0.1, cut at twice that."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
-        else:
-            super().initialize(module)
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors'."""

@@ -6,7 +6,7 @@ from timm.models import resnet
 from torch import nn
 
 from bcoskit.models._layers import LayerSet
-from bcoskit.models._network import Network, Rename
+from bcoskit.models._network import Network, Rename, by_fan_out
 from bcoskit.models._substitution import rules_of, substitute
 
 # Layers per stage, groups and width per group of the inner convolutions; blocks of two or of three convolutions.
@@ -34,6 +34,7 @@ class ResNet(Network, resnet.ResNet):
         drop_path_rate: Stochastic depth of the last block, in training.
     """
 
+    initialize_filter = staticmethod(by_fan_out)
     classifier_path = "fc"
 
     def __init__(
@@ -56,13 +57,6 @@ class ResNet(Network, resnet.ResNet):
         self.fc = layers.head(int(self.num_features), num_classes)
         self.num_classes = num_classes
         self.reset_parameters()
-
-    def initialize(self, module: nn.Module) -> None:
-        """Filters as of He et al. (ICCV 2015) by their fan-out."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            super().initialize(module)
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors'."""

@@ -7,7 +7,7 @@ from timm.models import vgg
 from torch import nn
 
 from bcoskit.models._layers import LayerSet
-from bcoskit.models._network import Network, Rename
+from bcoskit.models._network import Network, Rename, by_fan_out
 from bcoskit.models._substitution import rules_of, substitute
 
 ARCHITECTURES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -23,6 +23,7 @@ class VGG(Network, vgg.VGG):
         layers: The layers.
     """
 
+    initialize_filter = staticmethod(by_fan_out)
     classifier_path = "head.fc"
 
     def __init__(self, num_classes: int, in_channels: int, *, architecture: str, layers: LayerSet) -> None:
@@ -37,13 +38,6 @@ class VGG(Network, vgg.VGG):
         head.fc = layers.head(4096, num_classes)
         self.num_classes = num_classes
         self.reset_parameters()
-
-    def initialize(self, module: nn.Module) -> None:
-        """Filters as of He et al. (ICCV 2015) by their fan-out."""
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            super().initialize(module)
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors', who do not number activations that are not there."""

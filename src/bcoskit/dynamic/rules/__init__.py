@@ -8,10 +8,19 @@ input-dependent tensors follows the mode's policy.
 
 import importlib
 
+from bcoskit.dynamic._mode import RULES
 from bcoskit.dynamic.rules._table import rule
 
 # Each of these enters its rules in the table.
 for _module in ("_gates", "_constants", "_products", "_norms", "_attention", "_composites"):
     importlib.import_module(f"bcoskit.dynamic.rules.{_module}")
 
-__all__ = ["rule"]
+_BUILT_IN = dict(RULES)
+
+
+def are_built_in() -> bool:
+    """Whether nobody has added to the table of rules, or changed it."""
+    return RULES == _BUILT_IN
+
+
+__all__ = ["are_built_in", "rule"]
