@@ -3,10 +3,13 @@
 Each is an `autograd.Function` with a backward pass of its own, which keeps no more than the ordinary layer does. They
 stand aside for compilers, function transforms and forward-mode derivatives, which make kernels of their own out of
 plain operations, and in `explanation_mode`, which freezes factors of plain operations.
+
+On a CPU they take large maps part by part, so that what one operation has written is still in a core's cache when the
+next one reads it: each map passes memory once.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,67 +17,198 @@ from torch import Tensor
 
 from bcoskit.dynamic import current_mode, is_frozen
 
-
-def at_hand(x: Tensor) -> bool:
-    """Whether these passes can stand in the place of plain operations on `x`, derivatives included."""
-    return not is_frozen() and in_eager(x)
+_PART = 1 << 17  # entries; two or three such parts are in a core's cache at once
 
 
-def for_constants(x: Tensor) -> bool:
-    """Whether they can for what `frozen` makes constants of, which needs no derivatives."""
-    return in_eager(x) and is_frozen() and current_mode() is None
+Way: TypeAlias = Literal["derivatives", "constants"] | None
 
 
-def in_eager(x: Tensor) -> bool:
+def way(x: Tensor) -> Way:
+    """Whether these passes can stand in the place of plain operations on `x`.
+
+    Returns:
+        "derivatives" if they can, "constants" if only for what `frozen` makes constants of, which needs no derivatives;
+        None if they cannot.
+    """
+    if not is_eager(x):
+        return None
+    if not is_frozen():
+        return "derivatives"
+    return "constants" if current_mode() is None else None
+
+
+def is_eager(x: Tensor) -> bool:
     """Whether operations on `x` are run as they are called, in its own precision."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and x.dtype in (torch.float32, torch.float64)
+        and is_precise(x)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     )
 
 
-def scaled(y: Tensor, norm: Tensor) -> Tensor:
-    """`y · |y| / norm`, for a norm that broadcasts to `y`."""
-    return _Scaled.apply(y, norm)
+def is_precise(x: Tensor) -> bool:
+    """Whether operations on `x` have single or double precision."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype in (torch.float32, torch.float64) and not autocast
 
 
-def cosine_of(y: Tensor, norm: Tensor) -> Tensor:
-    """`|y| / norm`, without a derivative: a product is faster than a quotient, where the norm is a small map."""
+class Parts:
+    """Maps whose channels are one axis, cut into parts that fit into a cache.
+
+    Parts have the axes (positions, groups, channels of a group) where channels are last in memory, and
+    (samples, groups, channels of a group, positions) where they are not.
+    """
+
+    def __init__(self, y: Tensor, axis: int, groups: int = 1) -> None:
+        self._axis = axis % y.ndim
+        self._groups = groups
+        self._is_last = y.movedim(self._axis, -1).is_contiguous()
+        self.channel_axis = 2
+        self.other_axes = (0,) if self._is_last else (0, 3)
+        length = y.numel() // y.shape[self._axis] if self._is_last else len(y)
+        small = y.device.type != "cpu" or y.numel() <= 2 * _PART
+        self._size = max(1, length if small else _PART * length // y.numel())
+
+    def view(self, x: Tensor) -> Tensor:
+        """A map with all channels, or with one per group, in the axes of the parts; no copy of one in `y`'s layout."""
+        channels = x.shape[self._axis] // self._groups
+        if self._is_last:
+            return x.movedim(self._axis, -1).reshape(-1, self._groups, channels)
+        return x.reshape(len(x), self._groups, channels, -1)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value per channel, in axes that broadcast to parts."""
+        return values.reshape(1, self._groups, -1, *[1] * (not self._is_last))
+
+    def cut(self, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The parts of maps, side by side."""
+        return zip(*(self.view(x).split(self._size) for x in maps), strict=True)
+
+    def joined(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """A map made of its parts."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if not self._is_last:
+            return whole.reshape(like.shape)
+        return whole.reshape(like.movedim(self._axis, -1).shape).movedim(-1, self._axis)
+
+
+def scaled(y: Tensor, norm: Tensor, weight: Tensor | None, axis: int) -> Tensor:
+    """`y · |y| / norm`, after `y` has been divided by the norms of the filters; `y` is overwritten.
+
+    Args:
+        y: Responses, which nothing else needs.
+        norm: Norms of patches, shaped like `y`, with one channel for each group of consecutive channels.
+        weight: The filters that gave `y`, or None if those have unit norm.
+        axis: Of the channels.
+    """
+    if not (y.is_contiguous() or y.movedim(axis, -1).is_contiguous()):
+        y = y.contiguous()
+    if torch.is_grad_enabled() and (y.requires_grad or norm.requires_grad):
+        return _Scaled.apply(y, norm, weight, axis)
+    return _scale(y, norm, None if weight is None else inverse_norm(weight), axis)
+
+
+def _scale(y: Tensor, norm: Tensor, inverse: Tensor | None, axis: int) -> Tensor:
+    parts = Parts(y, axis, norm.shape[axis])
+    factor = None if inverse is None else parts.per_channel(inverse)
+    for part, reciprocal in parts.cut(y, norm.reciprocal()):
+        if factor is not None:
+            part.mul_(factor)
+        part.mul_(part.abs().mul_(reciprocal))
+    return y
+
+
+def cosine_of(y: Tensor, norm: Tensor, weight: Tensor | None, axis: int) -> Tensor:
+    """What `scaled` multiplies `y` with, without a derivative."""
     cosine = y.detach().abs()
-    return cosine.mul_(norm.reciprocal()) if 4 * norm.numel() <= y.numel() else cosine.div_(norm)
+    if not (cosine.is_contiguous() or cosine.movedim(axis, -1).is_contiguous()):
+        cosine = cosine.contiguous()
+    parts = Parts(cosine, axis, norm.shape[axis])
+    factor = None if weight is None else parts.per_channel(inverse_norm(weight.detach()))
+    for part, reciprocal in parts.cut(cosine, norm.reciprocal()):
+        part.mul_(reciprocal)
+        if factor is not None:  # once for the cosine and once for the response, since a square may overflow
+            part.mul_(factor).mul_(factor)
+    return cosine
 
 
 class _Scaled(torch.autograd.Function):
     """Keeps its output, which the next layer keeps too, instead of `y`: `|y| / norm = sqrt(|output| / norm)`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, norm: Tensor) -> Tensor:
-        output = cosine_of(y, norm).mul_(y)
-        ctx.save_for_backward(output, norm)
-        return output
+    def forward(ctx: Any, y: Tensor, norm: Tensor, weight: Tensor | None, axis: int) -> Tensor:
+        inverse = None if weight is None else inverse_norm(weight)
+        _scale(y, norm, inverse, axis)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y, norm, weight, inverse)
+        ctx.axis = axis
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        output, norm = ctx.saved_tensors
-        relative = output / norm
-        for_norm = -(gradient * relative).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
-        # At 0 the root has no derivative; the product that it stands for has one, 0.
-        tiny = torch.finfo(output.dtype).tiny
+        output, norm, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return 2 * relative.abs().clamp_min(tiny).sqrt() * gradient, for_norm
-        return relative.abs_().clamp_min_(tiny).sqrt_().mul_(gradient).mul_(2), for_norm
+            return *_scaled_backward(gradient, output, norm, weight, ctx.axis), None
+        parts = Parts(output, ctx.axis, norm.shape[ctx.axis])
+        for_y = torch.empty_like(output)
+        twice = 2.0 if inverse is None else parts.per_channel(2 * inverse)
+        sums, along = list[Tensor](), list[Tensor]()
+        for into, grad, out, reciprocal in parts.cut(for_y, gradient, output, norm.reciprocal()):
+            product = grad * out
+            sums.append(product.sum(parts.channel_axis, keepdim=True).mul_(reciprocal))
+            if inverse is not None:
+                along.append(product.sum(parts.other_axes))
+            torch.abs(out, out=into).mul_(reciprocal).sqrt_().mul_(grad).mul_(twice)
+        for_norm = parts.joined(sums, norm).neg_()
+        for_weight = None
+        if weight is not None and ctx.needs_input_grad[2]:
+            factor = -2 * torch.stack(along).sum(0).flatten() * inverse.flatten()
+            for_weight = weight * inverse
+            for_weight.mul_(factor.reshape(inverse.shape))
+        return for_y, for_norm, for_weight, None
+
+
+def _scaled_backward(
+    gradient: Tensor, output: Tensor, norm: Tensor, weight: Tensor | None, axis: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The derivatives by operations that have derivatives themselves."""
+    axis, groups = axis % output.ndim, norm.shape[axis]
+    relative = output / norm.repeat_interleave(output.shape[axis] // groups, axis)
+    for_norm = -(gradient * relative).unflatten(axis, (groups, -1)).sum(axis + 1)
+    # At 0 the root has no derivative; the product that it stands for has one, 0.
+    slope = 2 * relative.abs().clamp_min(torch.finfo(output.dtype).tiny).sqrt()
+    if weight is None:
+        return slope * gradient, for_norm, None
+    inverse = inverse_norm(weight)
+    along = (gradient * output).movedim(axis, 0).flatten(1).sum(1)
+    for_weight = weight * inverse * (-2 * along.reshape(inverse.shape) * inverse)
+    channels = inverse.reshape(-1, *[1] * (output.ndim - 1 - axis))
+    return slope * gradient * channels, for_norm, for_weight
 
 
 def convolved(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> tuple[Tensor, Tensor]:
     """A convolution, and the sum of squares over the channels of each group, (N, groups, *spatial)."""
-    return _Convolved.apply(x, weight, tuple(stride), tuple(padding), tuple(dilation), groups)
+    arguments = tuple(stride), tuple(padding), tuple(dilation), groups
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Convolved.apply(x, weight, *arguments)
+    return _convolve(x, weight, *arguments), energy(x, groups)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    return torch.convolution(x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups)
 
 
 class _Convolved(torch.autograd.Function):
@@ -92,8 +226,7 @@ class _Convolved(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.arguments = stride, padding, dilation, groups
-        zeros = (0,) * len(stride)
-        return torch.convolution(x, weight, None, stride, padding, dilation, False, zeros, groups), energy(x, groups)
+        return _convolve(x, weight, *ctx.arguments), energy(x, groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -115,17 +248,19 @@ class _Convolved(torch.autograd.Function):
 
 def energy(x: Tensor, groups: int) -> Tensor:
     """The sum of squares over the channels of each group, (N, groups, *spatial)."""
-    if groups > 1:
-        return x.square().unflatten(1, (groups, -1)).sum(2)
-    if x.ndim == 4 and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+    if groups == x.shape[1]:
+        return x.square()
+    if groups == 1 and x.ndim == 4 and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
         # The channels of a position lie side by side: one pass, without an intermediate.
         return torch.linalg.vector_norm(x, dim=1, keepdim=True).square_()
-    return x.square().sum(1, keepdim=True)
+    parts = Parts(x, 1, groups)
+    sums = [part.square().sum(parts.channel_axis, keepdim=True) for (part,) in parts.cut(x)]
+    return parts.joined(sums, x[:, :groups])
 
 
 def unit(weight: Tensor) -> Tensor:
     """Rows of unit norm; a row of zeros stays 0, with gradient 0."""
-    return _Unit.apply(weight)
+    return _Unit.apply(weight) if torch.is_grad_enabled() and weight.requires_grad else weight * inverse_norm(weight)
 
 
 class _Unit(torch.autograd.Function):
@@ -133,7 +268,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        inverse = _inverse_norm(weight)
+        inverse = inverse_norm(weight)
         rows = weight * inverse
         ctx.save_for_backward(weight, rows, inverse)
         return rows
@@ -143,12 +278,13 @@ class _Unit(torch.autograd.Function):
         (gradient,) = gradients
         weight, rows, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # the norm depends on the weight, which a second derivative must know
-            inverse = _inverse_norm(weight)
+            inverse = inverse_norm(weight)
         along = (gradient * rows).sum(tuple(range(1, rows.ndim)), keepdim=True)
         return torch.addcmul(gradient, rows, along, value=-1) * inverse
 
 
-def _inverse_norm(weight: Tensor) -> Tensor:
+def inverse_norm(weight: Tensor) -> Tensor:
+    """`1 / ‖w‖₂` of each row, (rows, 1, …); 0 for a row of zeros."""
     norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
     zero = norm < torch.finfo(norm.dtype).tiny  # what is below has no finite reciprocal
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norm))
@@ -187,11 +323,15 @@ class _Uncentered(torch.autograd.Function):
             y = x * _per_channel(scale if weight is None else scale * weight, x)
             found = torch.autograd.grad(y, inputs, gradient, create_graph=True)
             return found[0], None if weight is None else found[1], None, None, None
-        along = (gradient * x).sum(dims)
+        parts = Parts(x, 1)
+        sums = [(grad * values).sum(parts.other_axes) for grad, values in parts.cut(gradient, x)]
+        along = torch.stack(sums).sum(0).flatten()
         factor = scale if weight is None else scale * weight
         slope = -along * factor * scale.square() / (x.numel() // x.shape[1])
-        for_x = torch.addcmul(_per_channel(-slope * mean, x), gradient, _per_channel(factor, x))
-        for_x.addcmul_(x, _per_channel(slope, x))
+        for_x = torch.empty_like(x)
+        factors = [parts.per_channel(values) for values in (factor, slope, slope * mean)]
+        for into, grad, values in parts.cut(for_x, gradient, x):
+            torch.mul(grad, factors[0], out=into).addcmul_(values, factors[1]).sub_(factors[2])
         return for_x, None if weight is None else along * scale, None, None, None
 
 

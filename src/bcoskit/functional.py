@@ -67,12 +67,15 @@ def bcos_linear(
         ValueError: If `b`, `max_out` or `scale` is out of its range, or `max_out` does not divide the rows.
     """
     _check_arguments(b, max_out, scale)
-    y = _max_out(F.linear(x, _rows(weight, normalize_weight)), max_out, -1)
+    way = _passes.way(x) if x.dtype == weight.dtype else None
+    filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
+    y = F.linear(x, filters)
+    y = _max_out(y if factor is None else y * factor.to(y.dtype), max_out, -1)
     if not _is_linear(b):
         with _precisely(x):
             values = freeze(in_single_precision(x))
             norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True) + _LINEAR_EPS
-        y = _scaled(y, norm, b)
+        y = _scaled(y, norm, b, -1, way, later)
     return _finish(y, bias, scale)
 
 
@@ -136,24 +139,26 @@ def bcos_conv(
         }
         return bcos_conv(x[None], weight, bias, **factors, **options, padding_mode=padding_mode)[0]
     dims, kernel = weight.ndim - 2, weight.shape[2:]
-    filters = _rows(weight, normalize_weight)
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
-    if _is_linear(b):
-        y = _max_out(_CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups), max_out, 1)
+    way = _passes.way(x) if x.dtype == weight.dtype else None
+    filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
+    norm = None
+    if way == "derivatives" and not _is_linear(b):
+        y, energy = _passes.convolved(x, filters, strides, rest, steps, groups)
+        norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
     else:
-        if _passes.at_hand(x) and x.dtype == filters.dtype:
-            y, energy = _passes.convolved(x, filters, strides, rest, steps, groups)
-        else:
-            y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
+        y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
+        if not _is_linear(b):
             with _precisely(x):
                 values = freeze(in_single_precision(x))
-                energy = _passes.energy(values, groups) if _passes.for_constants(x) else _energy(values, groups)
-        with _precisely(x):
-            norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
-        exponent = b.reshape(-1, *[1] * dims) if isinstance(b, Tensor) and b.ndim else b
-        y = _scaled_by_groups(_max_out(y, max_out, 1), norm, exponent, groups)
-    return _finish(y, None if bias is None else bias.reshape(-1, *[1] * dims), scale)
+                energy = _energy(values, groups) if way is None else _passes.energy(values, groups)
+                norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
+    shape = (-1, *[1] * dims)
+    y = _max_out(y if factor is None else y * factor.reshape(shape).to(y.dtype), max_out, 1)
+    if norm is not None:
+        y = _scaled(y, norm, b.reshape(shape) if isinstance(b, Tensor) and b.ndim else b, 1, way, later)
+    return _finish(y, None if bias is None else bias.reshape(shape), scale)
 
 
 def patch_norm(
@@ -238,12 +243,23 @@ def unit_norm(weight: Tensor) -> Tensor:
     return torch.where(zero, 0.0, values / torch.where(zero, 1.0, norm)).to(weight.dtype)
 
 
-def _rows(weight: Tensor, normalize_weight: bool) -> Tensor:
+def _filters(
+    weight: Tensor, normalize_weight: bool, b: float | Tensor, max_out: int, way: _passes.Way
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The filters to compute with; what to multiply their responses with; whose norms the scaling divides by.
+
+    Filters may be many times larger than their responses: to divide responses by their norms needs one pass over them,
+    to divide them needs three.
+    """
     if not normalize_weight:
-        return weight
-    if _passes.for_constants(weight):
-        return _passes.unit(weight.detach())
-    return _passes.unit(weight) if _passes.at_hand(weight) else unit_norm(weight)
+        return weight, None, None
+    if way is not None and max_out == 1 and not isinstance(b, Tensor) and b == 2:
+        return weight, None, weight
+    if torch.compiler.is_compiling() and _passes.is_precise(weight):  # half precision has no room for what is tiny
+        return weight, _passes.inverse_norm(weight).flatten(), None
+    if way is None:
+        return unit_norm(weight), None, None
+    return _passes.unit(weight.detach() if way == "constants" else weight), None, None
 
 
 def _energy(x: Tensor, groups: int) -> Tensor:
@@ -309,23 +325,22 @@ def _cosine_power(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     return cosine.to(y.dtype)
 
 
-def _scaled(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
-    """`y · |y / norm|^(b-1)`, in the precision of `y`."""
-    if not isinstance(b, Tensor) and b == 2 and _passes.at_hand(y) and y.dtype == norm.dtype:
-        return _passes.scaled(y, norm)
-    if not isinstance(b, Tensor) and b == 2 and _passes.for_constants(y):
-        return y * _passes.cosine_of(y, norm)
-    return y * _cosine_power(freeze(y), norm, b)
+def _scaled(y: Tensor, norm: Tensor, b: float | Tensor, axis: int, way: _passes.Way, weight: Tensor | None) -> Tensor:
+    """`y · |y / norm|^(b-1)`, in the precision of `y`; the norm of a group serves its consecutive output channels.
 
-
-def _scaled_by_groups(y: Tensor, norm: Tensor, b: float | Tensor, groups: int) -> Tensor:
-    """`y · |y / norm|^(b-1)`, where the norm of a group serves its consecutive output channels."""
-    if groups in (1, y.shape[1]):
-        return _scaled(y, norm, b)
+    With a `weight` by whose norms `y` is first divided.
+    """
+    if way is not None and not isinstance(b, Tensor) and b == 2:
+        if way == "constants":
+            return y * _passes.cosine_of(y, norm, weight, axis)
+        return _passes.scaled(y, norm, weight, axis)
+    groups = norm.shape[axis]
+    if groups in (1, y.shape[axis]):
+        return y * _cosine_power(freeze(y), norm, b)
     if isinstance(b, Tensor) and b.ndim:
         b = b.expand(y.shape[1], *b.shape[1:]).unflatten(0, (groups, -1))
     grouped = y.unflatten(1, (groups, -1))
-    return _scaled(grouped, norm.unsqueeze(2), b).flatten(1, 2)
+    return (grouped * _cosine_power(freeze(grouped), norm.unsqueeze(2), b)).flatten(1, 2)
 
 
 def _finish(y: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -237,7 +237,7 @@ class _RunningNorm(_Norm):
     def _in_one_pass(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether one kernel has the statistics, and one backward pass their gradient."""
         fits = self.weight is None or self.weight.dtype == x.dtype
-        return not self.centered and len(dims) == x.ndim - 1 and fits and _passes.at_hand(x)
+        return not self.centered and len(dims) == x.ndim - 1 and fits and _passes.way(x) == "derivatives"
 
     def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
