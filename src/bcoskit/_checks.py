@@ -25,12 +25,25 @@ def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ValueError("`x` holds values that are not finite")
     if isinstance(model, nn.Module):
-        training = next((name for name, module in model.named_modules() if module.training), None)
-        if training is not None:
+        if any(module.training for module in modules_of(model)):
+            training = next(name for name, module in model.named_modules() if module.training)
             where = f"its module {training!r} is" if training else "it is"
             raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
     elif not callable(model):
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()` in another order, several times faster, since small networks notice it."""
+    seen = {model}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
 
 
 def check_channel_dim(channel_dim: int | None, start: Tensor) -> None:

@@ -3,6 +3,7 @@
 import torch.nn.modules.module as torch_module
 from torch import nn
 
+from bcoskit._checks import modules_of
 from bcoskit.dynamic.rules import are_built_in
 from bcoskit.nn import (
     AllNorm,
@@ -49,7 +50,7 @@ def is_known(model: object) -> bool:
         return False
     if not isinstance(model, nn.Module) or any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
         return False
-    return all(_is_known(module) for module in model.modules())
+    return all(_is_known(module) for module in modules_of(model))
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -33,6 +33,8 @@ _PATCH_EPS = 1e-6
 _LINEAR_EPS = 1e-12
 _COSINE_EPS = 1e-6
 
+_SMALL_MAP = 4096  # entries
+
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -67,15 +69,15 @@ def bcos_linear(
         ValueError: If `b`, `max_out` or `scale` is out of its range, or `max_out` does not divide the rows.
     """
     _check_arguments(b, max_out, scale)
-    way = _passes.way(x) if x.dtype == weight.dtype else None
+    way = _passes.way(x, weight)
     filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
     y = F.linear(x, filters)
     y = _max_out(y if factor is None else y * factor.to(y.dtype), max_out, -1)
     if not _is_linear(b):
         with _precisely(x):
             values = freeze(in_single_precision(x))
-            norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True) + _LINEAR_EPS
-        y = _scaled(y, norm, b, -1, way, later)
+            reciprocal = 1 / (torch.linalg.vector_norm(values, dim=-1, keepdim=True) + _LINEAR_EPS)
+        y = _scaled(y, reciprocal, b, -1, way, later)
     return _finish(y, bias, scale)
 
 
@@ -141,23 +143,22 @@ def bcos_conv(
     dims, kernel = weight.ndim - 2, weight.shape[2:]
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
-    way = _passes.way(x) if x.dtype == weight.dtype else None
+    way = _passes.way(x, weight)
     filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
-    norm = None
+    energy = None
     if way == "derivatives" and not _is_linear(b):
         y, energy = _passes.convolved(x, filters, strides, rest, steps, groups)
-        norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
     else:
         y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
-        if not _is_linear(b):
-            with _precisely(x):
-                values = freeze(in_single_precision(x))
-                energy = _energy(values, groups) if way is None else _passes.energy(values, groups)
-                norm = _root_of_windows(energy, kernel, strides, rest, steps, _PATCH_EPS)
     shape = (-1, *[1] * dims)
     y = _max_out(y if factor is None else y * factor.reshape(shape).to(y.dtype), max_out, 1)
-    if norm is not None:
-        y = _scaled(y, norm, b.reshape(shape) if isinstance(b, Tensor) and b.ndim else b, 1, way, later)
+    if not _is_linear(b):
+        with _precisely(x):
+            if energy is None:
+                values = freeze(in_single_precision(x))
+                energy = _energy(values, groups) if way is None else _passes.energy(values, groups)
+            reciprocal = torch.rsqrt(_sums_over_windows(energy, kernel, strides, rest, steps, way) + _PATCH_EPS)
+        y = _scaled(y, reciprocal, b.reshape(shape) if isinstance(b, Tensor) and b.ndim else b, 1, way, later)
     return _finish(y, None if bias is None else bias.reshape(shape), scale)
 
 
@@ -198,7 +199,7 @@ def patch_norm(
     kernel = _per_dimension(kernel_size, dims, "kernel_size")
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
-    return _root_of_windows(_energy(x, groups), kernel, strides, rest, steps, eps)
+    return torch.sqrt(_sums_over_windows(_energy(x, groups), kernel, strides, rest, steps) + eps)
 
 
 def max_out(y: Tensor, units: int, dim: int) -> Tensor:
@@ -253,7 +254,7 @@ def _filters(
     """
     if not normalize_weight:
         return weight, None, None
-    if way is not None and max_out == 1 and not isinstance(b, Tensor) and b == 2:
+    if way is not None and max_out == 1 and _is_squared(b):
         return weight, None, weight
     if torch.compiler.is_compiling() and _passes.is_precise(weight):  # half precision has no room for what is tiny
         return weight, _passes.inverse_norm(weight).flatten(), None
@@ -267,20 +268,25 @@ def _energy(x: Tensor, groups: int) -> Tensor:
     return squares.sum(1, keepdim=True) if groups == 1 else squares.unflatten(1, (groups, -1)).sum(2)
 
 
-def _root_of_windows(
+def _sums_over_windows(
     energy: Tensor,
     kernel: Sequence[int],
     strides: Sequence[int],
     widths: Sequence[int],
     steps: Sequence[int],
-    eps: float,
+    way: _passes.Way = None,
 ) -> Tensor:
-    """`sqrt(Σ energy + eps)` over the windows of a convolution."""
+    """Sums over the windows of a convolution."""
+    if math.prod(kernel) > 1 and way is not None and (energy.shape[1] > 1 or energy.numel() <= _SMALL_MAP):
+        # One operation, where several would cost more than what they compute, or pass over many channels.
+        groups = energy.shape[1]
+        ones = energy.new_ones((groups, 1, *kernel))
+        return _CONVOLUTIONS[energy.ndim](energy, ones, None, strides, widths, steps, groups)
     if any(widths):
         energy = F.pad(energy, [width for width in reversed(widths) for _ in range(2)])
     for axis, size, step, jump in zip(range(2, energy.ndim), kernel, steps, strides, strict=True):
         energy = _window_sums(energy, axis, size, step, jump)
-    return torch.sqrt(energy + eps)
+    return energy
 
 
 def _window_sums(x: Tensor, axis: int, size: int, dilation: int, stride: int) -> Tensor:
@@ -317,30 +323,36 @@ def _precisely(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _cosine_power(y: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
-    """`|y / norm|^(b-1)`, in the precision of `y`."""
-    cosine = y.abs() / norm
-    if isinstance(b, Tensor) or b != 2:
+def _is_squared(b: float | Tensor) -> bool:
+    return not isinstance(b, Tensor) and b == 2
+
+
+def _cosine_power(y: Tensor, reciprocal: Tensor, b: float | Tensor) -> Tensor:
+    """`|y · reciprocal|^(b-1)`, in the precision of `y`."""
+    cosine = y.abs() * reciprocal
+    if not _is_squared(b):
         cosine = torch.pow(cosine + _COSINE_EPS, b - 1)  # dynamo looks up the rule of this, not of `**`
     return cosine.to(y.dtype)
 
 
-def _scaled(y: Tensor, norm: Tensor, b: float | Tensor, axis: int, way: _passes.Way, weight: Tensor | None) -> Tensor:
-    """`y · |y / norm|^(b-1)`, in the precision of `y`; the norm of a group serves its consecutive output channels.
+def _scaled(
+    y: Tensor, reciprocal: Tensor, b: float | Tensor, axis: int, way: _passes.Way, weight: Tensor | None
+) -> Tensor:
+    """`y · |y · reciprocal|^(b-1)`, in the precision of `y`; what belongs to a group serves its output channels.
 
     With a `weight` by whose norms `y` is first divided.
     """
-    if way is not None and not isinstance(b, Tensor) and b == 2:
+    if way is not None and _is_squared(b):
         if way == "constants":
-            return y * _passes.cosine_of(y, norm, weight, axis)
-        return _passes.scaled(y, norm, weight, axis)
-    groups = norm.shape[axis]
+            return y * _passes.cosine_of(y, reciprocal, weight, axis)
+        return _passes.scaled(y, reciprocal, weight, axis)
+    groups = reciprocal.shape[axis]
     if groups in (1, y.shape[axis]):
-        return y * _cosine_power(freeze(y), norm, b)
+        return y * _cosine_power(freeze(y), reciprocal, b)
     if isinstance(b, Tensor) and b.ndim:
         b = b.expand(y.shape[1], *b.shape[1:]).unflatten(0, (groups, -1))
     grouped = y.unflatten(1, (groups, -1))
-    return (grouped * _cosine_power(freeze(grouped), norm.unsqueeze(2), b)).flatten(1, 2)
+    return (grouped * _cosine_power(freeze(grouped), reciprocal.unsqueeze(2), b)).flatten(1, 2)
 
 
 def _finish(y: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ statistic is a running one, a network stays free of constants, so that contribut
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit import _passes
@@ -217,6 +218,9 @@ class _RunningNorm(_Norm):
             if in_one_pass:
                 y = _passes.uncentered(x, self.weight, mean.flatten(), var.flatten(), self.eps)
                 return y if self.bias is None else y + self.bias.reshape(shape)
+        elif not torch.is_grad_enabled() and self._fits_kernel(x, dims) and _passes.way(x) is not None:
+            mean = self.running_mean if self.centered else torch.zeros_like(self.running_mean)
+            return F.batch_norm(x, mean, self.running_var, self.weight, self.bias, eps=self.eps)
         else:
             mean, var = self.running_mean.reshape(shape), self.running_var.reshape(shape)
         return normalize(
@@ -236,8 +240,12 @@ class _RunningNorm(_Norm):
 
     def _in_one_pass(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether one kernel has the statistics, and one backward pass their gradient."""
-        fits = self.weight is None or self.weight.dtype == x.dtype
-        return not self.centered and len(dims) == x.ndim - 1 and fits and _passes.way(x) == "derivatives"
+        return not self.centered and self._fits_kernel(x, dims) and _passes.way(x) == "derivatives"
+
+    def _fits_kernel(self, x: Tensor, dims: tuple[int, ...]) -> bool:
+        """Whether torch's batch norm has these statistics, in the precision of `x`."""
+        parameters = (self.weight, self.bias, self.running_mean, self.running_var)
+        return len(dims) == x.ndim - 1 and all(values is None or values.dtype == x.dtype for values in parameters)
 
     def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
