@@ -3,8 +3,9 @@
     python benchmarks/speed.py [--networks resnet18 …] [--works forward …] [--modes eager compiled] [--rounds 10]
     python benchmarks/speed.py --check benchmarks/results/speed.json [the same options]
 
-Three subjects: `ordinary`, timm's network of the same shape; `bcoskit`; `authors`, their package `bcos`; and in forward
-passes and explanations `fused`, ours after `bcoskit.fuse`. Works: `forward` of a batch without graph; `explain`, one
+Subjects: `ordinary`, timm's network of the same shape; `bcoskit`; `authors`, their package `bcos` in the same mode and
+layout; `as shipped`, the same eagerly and channels first, as it comes, where that differs; and in forward passes and
+explanations `fused`, ours after `bcoskit.fuse`. Works: `forward` of a batch without graph; `explain`, one
 image, for ordinary networks the gradient of a logit with respect to the input; `explain batch`, for the authors one
 image after the other; `ten targets` of one image; `train`, one step of SGD. Times are medians of the ratios to the
 first subject of the same round, with quartiles. Memory is the growth of the peak of the process during one call
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,25 +74,24 @@ def subjects(setting: Setting, batch: int) -> dict[str, Callable[[], object]]:
     name, ordinary = NETWORKS[setting.network]
     row = model_row(name)
     torch.manual_seed(0)
-    theirs = authors_network(row)
-    ours = create_model(name)
-    networks = {"ordinary": ordinary(), "bcoskit": ours, "authors": theirs}
-    if setting.work != "train" and hasattr(bcoskit, "fuse"):
+    networks = {"ordinary": ordinary(), "bcoskit": create_model(name), "authors": authors_network(row)}
+    if (setting.mode, setting.layout) != ("eager", "first"):
+        networks["as shipped"] = authors_network(row)
+    if setting.work != "train":
         networks["fused"] = bcoskit.fuse(create_model(name))
     count = batch if setting.work in ("forward", "explain batch", "train") else 1
     size = row.transform.size
     pixels = torch.rand(count, 3, size, size)
     calls: dict[str, Callable[[], object]] = {}
     for subject, network in networks.items():
+        how = replace(setting, mode="eager", layout="first") if subject == "as shipped" else setting
         x = (pixels if subject == "ordinary" else bcoskit.encode(pixels)).to(DEVICE)
-        x = x.contiguous(memory_format=FORMATS[setting.layout])
-        network = network.to(DEVICE, memory_format=FORMATS[setting.layout]).train(setting.work == "train")
+        x = x.contiguous(memory_format=FORMATS[how.layout])
+        network = network.to(DEVICE, memory_format=FORMATS[how.layout]).train(setting.work == "train")
         # Explanations need no gradients of weights, which a compiled backward pass would compute.
         network = network.requires_grad_(setting.work == "train")
-        call = _call(setting, subject, network, x)
-        if call is not None:
-            autocast = partial(torch.autocast, DEVICE.type, DTYPES[setting.dtype], setting.dtype != "float32")
-            calls[subject] = partial(_under, autocast, call)
+        autocast = partial(torch.autocast, DEVICE.type, DTYPES[setting.dtype], setting.dtype != "float32")
+        calls[subject] = partial(_under, autocast, _call(how, subject, network, x))
     return calls
 
 
@@ -102,7 +102,7 @@ def _under(context: Callable[[], Any], call: Callable[[], object]) -> None:
         torch.cuda.synchronize()
 
 
-def _call(setting: Setting, subject: str, network: nn.Module, x: Tensor) -> Callable[[], object] | None:
+def _call(setting: Setting, subject: str, network: nn.Module, x: Tensor) -> Callable[[], object]:
     compiled: Callable[..., Any] = torch.compile(network) if setting.mode == "compiled" else network
     if setting.work == "forward":
         return partial(_forward, compiled, x)
@@ -111,16 +111,11 @@ def _call(setting: Setting, subject: str, network: nn.Module, x: Tensor) -> Call
     targets = 10 if setting.work == "ten targets" else 1
     if subject == "ordinary":
         return partial(_gradient, compiled, x, targets)
-    if subject == "authors":
+    if subject in ("authors", "as shipped"):
         return partial(_one_by_one, network, x, targets)
-    explain = _compiled_explain(network) if setting.mode == "compiled" else partial(bcoskit.explain, network)
+    explain = bcoskit.compile_explain(network) if setting.mode == "compiled" else partial(bcoskit.explain, network)
     target = None if targets == 1 else torch.arange(targets).expand(len(x), targets)
     return partial(explain, x, target)
-
-
-def _compiled_explain(network: nn.Module) -> Callable[..., object]:
-    compile_explain = getattr(bcoskit, "compile_explain", None)
-    return partial(bcoskit.explain, network) if compile_explain is None else compile_explain(network)
 
 
 def _forward(network: Callable[..., Any], x: Tensor) -> None:
@@ -237,7 +232,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The processor and the threads, or the GPU."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     information = Path("/proc/cpuinfo")
@@ -275,7 +271,7 @@ def main() -> int:
         rows += measured(setting, options.batch, options.rounds)
     results = {
         "command": " ".join(sys.argv[1:]),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
         "batch": options.batch,
         "rounds": options.rounds,

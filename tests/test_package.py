@@ -26,7 +26,8 @@ LEVELS = [
     {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "training", "_command_pictures"},
-    {"_command_explain", "_command_models"},
+    {"_command_models", "_command_report"},
+    {"_command_explain"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}

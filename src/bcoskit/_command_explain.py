@@ -1,20 +1,27 @@
-"""`bcoskit explain`: images of any number, in batches, in constant memory."""
+"""`bcoskit explain`: images of any number in constant memory, read, explained and written at the same time."""
 
+import hashlib
 import json as json_lines
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from bcoskit import __version__
 from bcoskit._command_pictures import count_images, with_pictures
+from bcoskit._command_report import Report, cell, figures, probability
+from bcoskit._compile_explain import compile_explain
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
 from bcoskit._text import printable
@@ -23,8 +30,10 @@ from bcoskit.data._images import pixels
 from bcoskit.models import create_model
 from bcoskit.viz import SheetRow, sheet
 
-_LISTED_FAILURES = 20
-_NAME_WIDTH = 28
+_KEY = "bcoskit"  # of what a picture tells of itself
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 def explain_images(
@@ -38,10 +47,15 @@ def explain_images(
     save: bool = False,
     json: bool = False,
     shares: bool = True,
+    resume: bool = False,
+    compile: bool = False,
     batch_size: int = 16,
     device: str | None = None,
 ) -> int:
     """Explain images by a network: a table of classes, and a picture for each image.
+
+    Images are read, explained and written at the same time, a few batches of them being in memory. Under `torchrun`
+    each process takes its share of the images.
 
     Args:
         images: Images, folders of images, and patterns.
@@ -55,8 +69,13 @@ def explain_images(
         save: Also write the tensors of each explanation, as a .safetensors file beside the picture.
         json: Print one JSON object per image instead of the table.
         shares: Evaluate all constants of the network, so that the residual tests the explanation.
+        resume: Leave out images whose picture is there already, made by the same weights and options of the image as it
+            is now; their figures are read from the picture.
+        compile: Compile the network's explanation, which takes a while and then saves time, for many images; needs
+            `--no-shares`.
         batch_size: Images that are explained at once.
-        device: Where to compute, such as cpu or cuda; by default cuda where there is one.
+        device: Where to compute, such as cpu or cuda; by default cuda where there is one, under
+            torchrun the one of this process.
 
     Returns:
         The exit code: 0, or 1 if some images could not be explained.
@@ -69,28 +88,34 @@ def explain_images(
         raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` (={str(out)!r}) must be a folder")
-    place = _device(device)
-    network = _Network.load(model, weights, place)
+    if compile and shares:
+        raise ValueError("`compile` (=True) needs `--no-shares`: constants are evaluated one image at a time")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    network = _Network.load(model, weights, _device(device))
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else network.class_index(target)
 
-    report = _Report(json, network.classes, count_images(images, out))
+    made_by = network.fingerprint(target=wanted, top=top, save=save, shares=shares)
+    total = len(range(rank, count_images(images, out), processes))
+    report = Report(json, network.classes, total, show_progress=rank == 0)
+    explainer = _explainer(network, wanted, top, shares, batch_size if compile else None)
     with report:
-        for batch in _batches(_readable(with_pictures(images, out), network.transform, report), batch_size):
-            x = network.transform.encode_pixels(torch.stack([pixels(item.image) for item in batch]))
-            explanation = network.explain(x.to(place), wanted, top, shares)
-            probabilities = network.probabilities(explanation)
-            for index, item in enumerate(batch):
-                one = explanation[index]
-                _write(item, one, network, probabilities[index], save)
-                report.explained(item, one, probabilities[index])
+        sources = islice(with_pictures(images, out), rank, None, processes)
+        read = _ahead(partial(_read, network.transform, made_by, resume, save), sources, 2 * batch_size)
+        explained = _explained(read, network, explainer, batch_size)
+        for outcome in _ahead(partial(_written, network, save), explained, batch_size):
+            if isinstance(outcome, _Failure):
+                report.failed(outcome.path, outcome.reason)
+            else:
+                report.explained(outcome.path, outcome.picture, outcome.rows)
     return report.exit_code()
 
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -101,11 +126,34 @@ def _device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class _Item:
-    """An image as the network sees it, the file that it comes from, and the file of its picture."""
+    """An image as the network sees it, the file that it comes from, the file of its picture and what tells them apart.
+
+    Later with its explanation, a batch of one, and the probabilities of the explained classes.
+    """
 
     path: Path
     picture: Path
+    fingerprint: str
     image: Image.Image
+    explanation: Explanation | None = None
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An image that cannot be explained."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """An image that is explained, and the figures of its classes."""
+
+    path: Path
+    picture: Path
+    rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -135,13 +183,15 @@ class _Network:
         listed = ", ".join(self.classes[:20]) + (" …" if len(self.classes) > 20 else "")
         raise ValueError(f"`target` (={target!r}) is neither a class nor an index below {len(self.classes)}: {listed}")
 
-    def explain(self, x: Tensor, wanted: int | None, top: int, shares: bool) -> Explanation:
-        """Explain the classes with the largest logits, the one that is wanted before them."""
-        with torch.no_grad():
-            logits = self.model(x)
-        if wanted is not None:
-            logits[:, wanted] = float("inf")
-        return explain(self.model, x, logits.topk(top, dim=1).indices, shares=shares)
+    def fingerprint(self, **options: object) -> str:
+        """Of all that decides what a picture shows: weights, layers, transform, classes and options."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        known = [__version__, str(self.model), asdict(self.transform), self.classes, self.loss, options]
+        digest.update(json_lines.dumps(known).encode())
+        return digest.hexdigest()
 
     def probabilities(self, explanation: Explanation) -> Tensor:
         """Of the explained classes, (N, K); NaN if the outputs are no classes."""
@@ -153,155 +203,132 @@ class _Network:
         return table.gather(1, explanation.target)
 
 
-def _readable(files: Iterator[tuple[Path, Path]], transform: ImageTransform, report: "_Report") -> Iterator[_Item]:
-    for path, picture in files:
-        image = None
+def _ahead(work: Callable[[_Given], _Made], given: Iterator[_Given], limit: int) -> Iterator[_Made]:
+    """`map(work, given)` by threads, in order, at most `limit` ahead of what has been taken."""
+    pending = deque[Future[_Made]]()
+    # Under torchrun torch has one thread per process.
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         try:
-            image = read_image(path)
-            yield _Item(path, picture, transform.view(image))
-        except ImageError as error:
-            report.failed(path, str(error) if image is None else f"{path}: {error}")
+            for item in given:
+                pending.append(pool.submit(work, item))
+                if len(pending) >= limit:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
-    while batch := list(islice(items, size)):
-        yield batch
+def _read(
+    transform: ImageTransform, made_by: str, resume: bool, save: bool, source: tuple[Path, Path]
+) -> _Item | _Done | _Failure:
+    path, picture = source
+    image = None
+    try:
+        fingerprint = _fingerprint(path, made_by)
+        there = resume and (picture.with_suffix(".safetensors").is_file() or not save)
+        rows = _rows_of(picture, fingerprint) if there else None
+        if rows is not None:
+            return _Done(path, picture, rows)
+        image = read_image(path)
+        return _Item(path, picture, fingerprint, transform.view(image))
+    except ImageError as error:
+        return _Failure(path, str(error) if image is None else f"{path}: {error}")
 
 
-def _write(item: _Item, explanation: Explanation, network: _Network, probabilities: Tensor, save: bool) -> None:
-    assert explanation.target is not None
-    colored = network.transform.encoding == "bcos"
-    rows = [
+def _fingerprint(path: Path, made_by: str) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return hashlib.sha256(f"{made_by} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+
+
+def _rows_of(picture: Path, fingerprint: str) -> list[dict[str, Any]] | None:
+    """The figures that an earlier run has left in a picture; None if there is none, or one of something else."""
+    try:
+        with Image.open(picture, formats=["PNG"]) as page:
+            told = json_lines.loads(page.info[_KEY])
+        return told["classes"] if told["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+        return None
+
+
+def _explainer(
+    network: _Network, wanted: int | None, top: int, shares: bool, compiled_size: int | None
+) -> Callable[[Tensor], Explanation]:
+    """What explains the classes with the largest logits, the one that is wanted before them."""
+
+    def chosen(logits: Tensor) -> Tensor:
+        if wanted is not None:
+            logits = logits.index_fill(1, torch.tensor([wanted], device=logits.device), math.inf)
+        return logits.topk(top, dim=1).indices
+
+    if compiled_size is None:
+        return lambda x: explain(network.model, x, chosen, shares=shares)
+    program = compile_explain(network.model)
+
+    def explained(x: Tensor) -> Explanation:
+        # A program has one shape: a batch that is too short is filled up.
+        missing = compiled_size - len(x)
+        return program(torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x, chosen)[: len(x)]
+
+    return explained
+
+
+def _explained(
+    read: Iterator[_Item | _Done | _Failure],
+    network: _Network,
+    explainer: Callable[[Tensor], Explanation],
+    batch_size: int,
+) -> Iterator[_Item | _Done | _Failure]:
+    """The same in the same order, with explanations, which are made by the batch."""
+    device = next(network.model.parameters()).device
+    while outcomes := list(islice(read, batch_size)):
+        batch = [pixels(outcome.image) for outcome in outcomes if isinstance(outcome, _Item)]
+        if batch:
+            explanation = explainer(network.transform.encode_pixels(torch.stack(batch)).to(device)).to("cpu")
+            probabilities = network.probabilities(explanation)
+            index = iter(range(len(batch)))
+            for place, outcome in enumerate(outcomes):
+                if isinstance(outcome, _Item):
+                    one = next(index)
+                    outcomes[place] = replace(outcome, explanation=explanation[one], probabilities=probabilities[one])
+        yield from outcomes
+
+
+def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -> _Done | _Failure:
+    """Write the picture of an explained image, and what is to be saved of it; each appears complete or not at all."""
+    if not isinstance(outcome, _Item):
+        return outcome
+    explanation, probabilities = outcome.explanation, outcome.probabilities
+    assert explanation is not None
+    assert probabilities is not None
+    rows = figures(explanation, probabilities, network.classes)
+    page = _page(outcome, explanation, rows, network.transform.encoding == "bcos")
+    information = PngInfo()
+    information.add_text(_KEY, json_lines.dumps({"fingerprint": outcome.fingerprint, "classes": rows}))
+    outcome.picture.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_file(outcome.picture)
+    try:
+        page.save(unfinished, format="PNG", pnginfo=information)
+        if save:
+            explanation.save(outcome.picture.with_suffix(".safetensors"))
+        unfinished.replace(outcome.picture)  # the last thing: where there is a picture, all is there
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return _Done(outcome.path, outcome.picture, rows)
+
+
+def _page(item: _Item, explanation: Explanation, rows: list[dict[str, Any]], colored: bool) -> Image.Image:
+    shown = [
         SheetRow(
-            f"{_cell(network.classes[int(index)])}\np = {_probability(probability)}, logit {value:.2f}",
+            f"{cell(row['class'])}\np = {probability(row['probability'])}, logit {row['logit']:.2f}",
             explanation.contributions[0, rank],
             explanation.weights[0, rank] if colored else None,
         )
-        for rank, (index, probability, value) in enumerate(
-            zip(explanation.target[0], probabilities, explanation.value[0], strict=True)
-        )
+        for rank, row in enumerate(rows)
     ]
     smooth = max(1, round(item.image.width / 30)) | 1
-    page = sheet(item.image, rows, title=printable(item.path.name), smooth=smooth)
-    item.picture.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_file(item.picture)
-    try:
-        page.save(unfinished, format="PNG")
-        unfinished.replace(item.picture)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if save:
-        explanation.save(item.picture.with_suffix(".safetensors"))
-
-
-@dataclass
-class _Report:
-    """What is told of the images while they are explained, and of the failures in the end."""
-
-    json: bool
-    classes: tuple[str, ...]
-    total: int
-    done: int = 0
-    failures: int = 0
-    listed: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._console, self._errors = (
-            Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
-            for stderr in (False, True)
-        )
-        columns = (TextColumn("Explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # The bar shares the terminal with the table; what is no terminal stays free of it.
-        shared = self._console.is_terminal and not self.json
-        self._progress = Progress(*columns, console=self._console if shared else self._errors, transient=True)
-        self._task = self._progress.add_task("Explaining", total=self.total)
-        self._width = max(len("class"), *(len(_cell(name)) for name in self.classes))
-
-    def __enter__(self) -> "_Report":
-        if self._progress.console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
-
-    def explained(self, item: _Item, explanation: Explanation, probabilities: Tensor) -> None:
-        """Tell of one image."""
-        rows = _figures(explanation, probabilities, self.classes)
-        if self.json:
-            line = {"image": str(item.path), "picture": str(item.picture), "classes": rows}
-            _print(self._console, json_lines.dumps(line))
-        else:
-            self._tell(item.path.name, rows)
-        self.done += 1
-        self._progress.advance(self._task)
-
-    def _tell(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if self.done == 0:
-            titles = f"{'image':<{_NAME_WIDTH}}  {'class':<{self._width}}  {'probability':>11}  {'logit':>9}"
-            _print(self._console, f"{titles}  {'W(x)·x':>9}  {'constants':>9}  {'residual':>9}", "bold")
-        for rank, row in enumerate(rows):
-            image = _cell(name) if rank == 0 else ""
-            residual = "-" if row["residual"] is None else f"{row['residual']:.0e}"
-            figures = f"{_probability(row['probability'], 4):>11}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
-            line = f"{image:<{_NAME_WIDTH}}  {_cell(row['class']):<{self._width}}  {figures}"
-            _print(self._console, f"{line}  {row['bias']:>9.4f}  {residual:>9}")
-
-    def failed(self, path: Path, reason: str) -> None:
-        """Tell of an image that cannot be explained."""
-        self.failures += 1
-        self._progress.advance(self._task)
-        if len(self.listed) < _LISTED_FAILURES:
-            self.listed.append(reason)
-        if self.json:
-            _print(self._console, json_lines.dumps({"image": str(path), "error": reason}))
-
-    def exit_code(self) -> int:
-        """Tell of the failures.
-
-        Raises:
-            ImageError: If there was nothing else.
-        """
-        if self.failures and not self.done:
-            more = f" (and {self.failures - 1} more)" if self.failures > 1 else ""
-            raise ImageError(f"{self.listed[0]}{more}")
-        if not self.failures:
-            return 0
-        _print(self._errors, f"{self.failures} of {self.done + self.failures} images could not be explained:")
-        for reason in self.listed:
-            _print(self._errors, f"  {printable(reason)}")
-        if self.failures > len(self.listed):
-            _print(self._errors, f"  and {self.failures - len(self.listed)} more")
-        return 1
-
-
-def _figures(explanation: Explanation, probabilities: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    assert explanation.target is not None
-    residual = explanation.residual
-    return [
-        {
-            "class": classes[int(index)],
-            "index": int(index),
-            "probability": None if math.isnan(probabilities[rank]) else float(probabilities[rank]),
-            "logit": float(explanation.value[0, rank]),
-            "contributions": float(explanation.value[0, rank] - explanation.bias[0, rank]),
-            "bias": float(explanation.bias[0, rank]),
-            "residual": None if residual is None else float(residual[0, rank].abs()),
-        }
-        for rank, index in enumerate(explanation.target[0])
-    ]
-
-
-def _probability(value: float | Tensor | None, digits: int = 3) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _print(console: Console, line: str, style: str | None = None) -> None:
-    """One line, in the characters that the terminal or the file has."""
-    console.print(line.encode(console.encoding, "replace").decode(console.encoding), style=style)
-
-
-def _cell(text: str) -> str:
-    text = printable(text)
-    return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 1] + "…"
+    return sheet(item.image, shown, title=printable(item.path.name), smooth=smooth)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bcoskit._checks import check_inputs, untouched
 from bcoskit._explain import Explanation, explain
 from bcoskit._layers import uncompiled
-from bcoskit._targets import Target, select
+from bcoskit._targets import Target, picked, select
 from bcoskit.dynamic import ProductPolicy, explanation_mode
 
 _TOLERANCE = 1e-2  # a ReLU near 0 may open in one and stay closed in the other
@@ -56,38 +56,40 @@ def compile_explain(
             if len(shape) != 2:
                 raise ValueError(f"`model` has outputs of shape {tuple(shape)}, must have logits (N, K)")
             classes = int(shape[1])
-        chosen, several = None, False
-        if target is not None:
+        chosen = _largest if target is None else target
+        if not callable(chosen):
             _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
-            assert chosen is not None
-            several = chosen.ndim == 2
-            chosen = chosen if several else chosen[:, None]
         with untouched(x.device), torch.no_grad():
             logits, found, weights = program(x, chosen)
+        several = found.ndim == 2
         if not bool(logits.isfinite().all() & weights.isfinite().all()):
             raise ValueError("logits or W(x) hold values that are not finite")
         if is_new:
-            _compare(explain(network, x[:1], found[:1, :1], products=products), weights[:1, :1])
+            first = found[:1, 0] if several else found[:1]
+            _compare(explain(network, x[:1], first, products=products), weights[:1, 0] if several else weights[:1])
             classes_of[key] = classes
-        value = logits.gather(1, found)
-        if not several:
-            value, found, weights = value[:, 0], found[:, 0], weights[:, 0]
-        return Explanation(x, logits, value, found, None, weights, products=products)
+        return Explanation(x, logits, picked(logits, found), found, None, weights, products=products)
 
     return compiled
 
 
 def _program(network: Callable[..., Any], products: ProductPolicy) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def run(x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(x: Tensor, target: Tensor | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         with explanation_mode(products=products):
             outputs: Any = torch.func.vjp(network, x)
             logits, pull = outputs
-            chosen = logits.argmax(1, keepdim=True) if target is None else target
-            masks = F.one_hot(chosen, logits.shape[1]).to(logits.dtype)  # (N, targets, K)
+            chosen = target if isinstance(target, Tensor) else target(logits)
+            masks = F.one_hot(chosen, logits.shape[1]).to(logits.dtype)  # (N, K) or (N, targets, K)
+            if chosen.ndim == 1:
+                return logits, chosen, pull(masks)[0]
             weights = torch.stack([pull(masks[:, index])[0] for index in range(chosen.shape[1])], 1)
         return logits, chosen, weights
 
     return run
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
 
 
 def _compare(expected: Explanation, weights: Tensor) -> None:

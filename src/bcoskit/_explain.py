@@ -216,8 +216,8 @@ def explain(
         target: What of an output (N, C) is explained: None for each sample's largest logit, one class for all
             samples, a list or tensor of one class per sample (N,), or of several per sample (N, K), which share the
             forward pass. For an output with more axes, such as a map, a position `(channel, row, column)` after the
-            batch axis, with slices to sum over (`(3, slice(None), slice(None))`), or a list of K positions. An output
-            (N,) has no target.
+            batch axis, with slices to sum over (`(3, slice(None), slice(None))`), or a list of K positions. A function
+            of the output may give any of these: `lambda logits: logits.topk(3).indices`. An output (N,) has no target.
         versus: A class, or classes like `target`, whose logit is subtracted: why this one and not that one.
         from_layer: Name of a layer whose output takes the place of the input.
         to_layer: Name of a layer whose output is explained in the place of the network's.

@@ -1,8 +1,7 @@
 """Tensors with metadata in one file, written whole or not at all."""
 
 import json
-import os
-import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 
 def unfinished_file(path: Path) -> Path:
-    """Where a file is written before it takes its place; the name is short, whatever the file's own is."""
-    return path.with_name(f".{os.getpid()}-{threading.get_ident()}.partial")
+    """Where a file is written before it takes its place; a short name that no other process has, on any machine."""
+    return path.with_name(f".{uuid.uuid4().hex}.partial")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """From what a caller asks to be explained to the values of an output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 Classes: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | npt.NDArray[np.integer[Any]]
-Target: TypeAlias = Classes | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | None
+Target: TypeAlias = (
+    Classes | tuple[int | slice, ...] | list[tuple[int | slice, ...]] | Callable[[Tensor], Tensor] | None
+)
 """What of an output is explained; see `bcoskit.explain`."""
 Versus: TypeAlias = Classes | None
 """Which class a class is compared with; see `bcoskit.explain`."""
@@ -32,6 +34,8 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
         TypeError: If a target is of another kind.
         ValueError: If it is out of range or does not fit the output.
     """
+    if callable(target):
+        target = target(output.detach())
     positions = isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
     if not positions and output.ndim == 2:
         classes = _classes(output, target, "target") if target is not None else output.detach().argmax(1)
