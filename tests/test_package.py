@@ -22,7 +22,7 @@ LEVELS = [
     {"_passes"},
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
-    {"_fuse"},
+    {"_fuse", "convert"},
     {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "training", "_command_pictures"},

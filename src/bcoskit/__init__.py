@@ -4,23 +4,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bcoskit import data, functional, models, nn, viz
+    from bcoskit import convert, data, functional, models, nn, viz
     from bcoskit._audit import AuditReport, audit
     from bcoskit._compile_explain import compile_explain
     from bcoskit._explain import Explanation, explain
     from bcoskit._fuse import fuse
+    from bcoskit.convert import BcosConfig, bcosify, set_b
     from bcoskit.data import ImageTransform, decode, encode, read_image
     from bcoskit.dynamic import NotLinearError, explanation_mode, freeze, rule
     from bcoskit.models import create_model, from_pretrained, list_models, push_to_hub, save_model, save_pretrained
 
 __all__ = [
     "AuditReport",
+    "BcosConfig",
     "Explanation",
     "ImageTransform",
     "NotLinearError",
     "__version__",
     "audit",
+    "bcosify",
     "compile_explain",
+    "convert",
     "create_model",
     "data",
     "decode",
@@ -39,16 +43,19 @@ __all__ = [
     "rule",
     "save_model",
     "save_pretrained",
+    "set_b",
     "viz",
 ]
 
 # Torch takes a second to import: nothing is loaded before it is used.
 _HOMES = {
     "AuditReport": "_audit",
+    "BcosConfig": "convert",
     "Explanation": "_explain",
     "ImageTransform": "data",
     "NotLinearError": "dynamic",
     "audit": "_audit",
+    "bcosify": "convert",
     "compile_explain": "_compile_explain",
     "create_model": "models",
     "decode": "data",
@@ -64,6 +71,7 @@ _HOMES = {
     "rule": "dynamic",
     "save_model": "models",
     "save_pretrained": "models",
+    "set_b": "convert",
 }
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "GATES",
     "attention",
     "bcos_conv",
+    "bcos_conv_transpose",
     "bcos_linear",
     "gate",
     "max_out",
@@ -36,6 +37,7 @@ _COSINE_EPS = 1e-6
 _SMALL_MAP = 4096  # entries
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -160,6 +162,69 @@ def bcos_conv(
             reciprocal = torch.rsqrt(_sums_over_windows(energy, kernel, strides, rest, steps, way) + _PATCH_EPS)
         y = _scaled(y, reciprocal, b.reshape(shape) if isinstance(b, Tensor) and b.ndim else b, 1, way, later)
     return _finish(y, None if bias is None else bias.reshape(shape), scale)
+
+
+def bcos_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    normalize_weight: bool = True,
+    scale: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The B-cos transform of what each output of a transposed convolution reads, in one, two or three dimensions.
+
+    `y |cos|^(b-1) / scale` with `y` the transposed convolution, and `|cos| = |y| / sqrt(Σ x² + 1e-6)` over the entries
+    that the kernel lays on the output. In `explanation_mode` the power of the cosine is a constant.
+
+    Args:
+        x: (N, in_channels, *spatial) or (in_channels, *spatial), floating point.
+        weight: (in_channels, out_channels / groups, *kernel); its rank sets the number of dimensions.
+        bias: (out_channels,), added at the end.
+        b: Exponent of at least 1, or a tensor that broadcasts to (out_channels,); 1 is the transposed convolution.
+        normalize_weight: Whether the filter of each output channel is divided by its norm, or taken as it is.
+        scale: Divides the transform.
+        stride: As in `torch.nn.functional.conv_transpose2d`.
+        padding: As in `torch.nn.functional.conv_transpose2d`.
+        output_padding: As in `torch.nn.functional.conv_transpose2d`.
+        groups: As in `torch.nn.functional.conv_transpose2d`.
+        dilation: As in `torch.nn.functional.conv_transpose2d`.
+
+    Returns:
+        (N, out_channels, *out) or (out_channels, *out).
+
+    Raises:
+        ValueError: If `b` or `scale` is out of its range, or shapes do not fit.
+    """
+    _check_arguments(b, 1, scale)
+    if weight.ndim not in _TRANSPOSED:
+        raise ValueError(f"`weight` has {weight.ndim} axes, a 1-d, 2-d or 3-d convolution needs 3, 4 or 5")
+    if x.ndim not in (weight.ndim, weight.ndim - 1):
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, a {weight.ndim - 2}-d convolution needs {weight.ndim} axes")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the {weight.shape[0]} rows of `weight`")
+    run, dims, single = _TRANSPOSED[weight.ndim], weight.ndim - 2, x.ndim == weight.ndim - 1
+    x = x[None] if single else x
+    shape = (-1, *[1] * dims)
+    y = run(x, weight, None, stride, padding, output_padding, groups, dilation)
+    if normalize_weight:
+        filters = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (out_channels, in / groups, …)
+        y = y * _passes.inverse_norm(in_single_precision(filters)).reshape(shape).to(y.dtype)
+    if not _is_linear(b):
+        with _precisely(x):
+            energy = _energy(freeze(in_single_precision(x)), groups)
+            ones = energy.new_ones((groups, 1, *weight.shape[2:]))
+            sums = run(energy, ones, None, stride, padding, output_padding, groups, dilation)
+            reciprocal = torch.rsqrt(sums + _PATCH_EPS)
+        y = _scaled(y, reciprocal, b.reshape(shape) if isinstance(b, Tensor) and b.ndim else b, 1, None, None)
+    y = _finish(y, None if bias is None else bias.reshape(shape), scale)
+    return y[0] if single else y
 
 
 def patch_norm(

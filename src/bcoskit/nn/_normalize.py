@@ -16,13 +16,15 @@ class Normalize(nn.Module):
     Args:
         mean: One value per channel of the input.
         std: One value per channel of the input.
+        dimensions: Spatial axes behind the channels.
 
     Raises:
         ValueError: If the numbers of values differ, or one of them is not finite, or a standard deviation not above 0.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dimensions: int = 2) -> None:
         super().__init__()
+        self.dimensions = dimensions
         mean, std = tuple(mean), tuple(std)
         if len(mean) != len(std):
             raise ValueError(f"`mean` (={mean}) and `std` (={std}) must have as many values as the input has channels")
@@ -31,14 +33,17 @@ class Normalize(nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape.
+        """(N, C, *spatial) to the same shape.
 
         Raises:
             ValueError: If `x` has another number of channels.
         """
-        if x.ndim < 3 or x.shape[-3] != len(self.mean):
-            raise ValueError(f"`x` has shape {tuple(x.shape)}, must have {len(self.mean)} channels, (N, C, H, W)")
-        mean, std = (x.new_tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        axis = -1 - self.dimensions
+        if x.ndim < -axis or x.shape[axis] != len(self.mean):
+            raise ValueError(
+                f"`x` has shape {tuple(x.shape)}, must have {len(self.mean)} channels before {self.dimensions} axes"
+            )
+        mean, std = (x.new_tensor(values).reshape(-1, *[1] * self.dimensions) for values in (self.mean, self.std))
         return (x - mean) / std
 
     def extra_repr(self) -> str:

@@ -1,0 +1,321 @@
+"""`bcosify`: an ordinary network becomes a B-cos network, module by module, and keeps its weights."""
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bcoskit.convert._config import BcosConfig
+from bcoskit.convert._input import PairedInput, normalization, widen
+from bcoskit.convert._probe import Probe, probe, probe_any
+from bcoskit.convert._report import ConversionReport, ConvertedModule
+from bcoskit.convert._rules import RULES, Rule, rule_for
+from bcoskit.nn import LogitLayer
+from bcoskit.nn._base import BcosArguments
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_TOLERANCE = 1e-5
+
+
+def bcosify(
+    model: nn.Module,
+    config: BcosConfig | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    skip: Sequence[str] = (),
+    example: Tensor | None = None,
+    inplace: bool = False,
+) -> Any:
+    """Turn a network into a B-cos network that keeps its weights (Arya et al., NeurIPS 2024).
+
+    Layers are replaced by an ordered table of rules; parameters stay the same objects, where their shapes do. Modules
+    that are used several times stay so. The layers that read the image read pairs `[x, 1 - x]` afterwards, by filters
+    `(w, -w) / 2` behind a fixed normalisation, so that with `BcosConfig.preset("exact")` the converted network gives
+    the logits that the original gives for the normalised image, at padded borders as well. What became of each module
+    is told by the result's attribute `conversion`, a `ConversionReport`.
+
+    Args:
+        model: The network: of timm, torchvision, or any other module.
+        config: What is made of it; by default that of the paper.
+        rules: Rules that go before those of the package.
+        skip: Paths of modules, or patterns such as `"blocks.0.*"`, that stay as they are, with all that is in them.
+        example: An input of the original, for networks that take no images of usual sizes, such as signals or volumes.
+        inplace: Whether the network itself is changed, instead of a copy. If the conversion fails it is as before.
+
+    Returns:
+        The converted network. Where no layer reads the image by itself, it is a `PairedInput` around the network.
+
+    Raises:
+        TypeError: If `model` is no module.
+        ValueError: If a module cannot be converted without being wrong, no module is, or `skip` names none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    config = BcosConfig() if config is None else config
+    if not inplace:
+        return _converted(copy.deepcopy(model), config, tuple(rules), tuple(skip), example)
+    before = [(module, module.__class__, _contents(module)) for module in model.modules()]
+    try:
+        return _converted(model, config, tuple(rules), tuple(skip), example)
+    except BaseException:
+        for module, kind, contents in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(contents)
+        raise
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+
+
+def _converted(
+    model: nn.Module, config: BcosConfig, rules: tuple[Rule, ...], skip: tuple[str, ...], example: Tensor | None
+) -> nn.Module:
+    _refuse(model, skip)
+    seen = probe_any(model, example)
+    if config.encode and seen is None:
+        raise ValueError(
+            "`model` takes no image of a usual size: give an `example` of its input, or `encode=False` for inputs that "
+            "are no images"
+        )
+    notes = list[ConvertedModule]()
+    classifier = None if seen is None else _classifier(model, config, seen, notes)
+    walk = _Walk(config, (*rules, *RULES), skip, notes)
+    root = walk.converted(model, "")
+    if not walk.replaced:
+        raise ValueError("`model` has no module that a rule converts")
+    if classifier is not None:
+        _add_constants(root, config, classifier)
+    network = root if not config.encode or seen is None else _with_pairs(root, config, seen, notes)
+    if seen is not None:
+        notes = _with_bypassed(network, config, seen, notes)
+    setattr(network, "conversion", ConversionReport(tuple(notes)))  # noqa: B010 - no module
+    return network
+
+
+def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
+    paths = [path for path, _ in model.named_modules() if path]
+    for pattern in skip:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(f"`skip` (={pattern!r}) names no module of the network")
+    for path, module in model.named_modules():
+        if any(fnmatchcase(path, pattern) for pattern in skip):
+            continue
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"the module {path!r} has a parametrised weight: remove the parametrisation first")
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module._parameters.values()):
+            raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
+        if _is_bcos(module):
+            raise ValueError(f"the module {path!r} is a B-cos layer already: `set_b` changes its exponent")
+
+
+def _is_bcos(module: nn.Module) -> bool:
+    return isinstance(module, BcosArguments)
+
+
+class _Walk:
+    """The walk through the modules, each of which is converted once."""
+
+    def __init__(
+        self, config: BcosConfig, rules: tuple[Rule, ...], skip: tuple[str, ...], notes: list[ConvertedModule]
+    ) -> None:
+        self._config, self._rules, self._skip, self._notes = config, rules, skip, notes
+        self._done = dict[nn.Module, nn.Module]()
+        self.replaced = 0
+
+    def converted(self, module: nn.Module, path: str) -> nn.Module:
+        """What takes the place of a module: another one, or itself with converted children."""
+        if module in self._done:
+            return self._done[module]
+        new = self._made(module, path)
+        self._done[module] = self._done[new] = new
+        if new is module:
+            for name, child in list(module.named_children()):
+                below = f"{path}.{name}" if path else name
+                # `named_children` tells of a module once: what is there under another name as well changes with it.
+                for other, same in list(module._modules.items()):
+                    if same is child:
+                        module._modules[other] = self.converted(child, below)
+        return new
+
+    def _made(self, module: nn.Module, path: str) -> nn.Module:
+        kind = type(module).__name__
+        if any(fnmatchcase(path, pattern) for pattern in self._skip):
+            self._notes.append(ConvertedModule(path, kind, "skipped", "as it was"))
+            self._done |= {part: part for part in module.modules()}
+            return module
+        rule = rule_for(module, self._rules)
+        if rule is None:
+            if any(parameter is not None for parameter in module._parameters.values()):
+                self._notes.append(ConvertedModule(path, kind, "left", "has parameters of its own, no rule"))
+            return module
+        made = rule.make(module, self._config, path)
+        if isinstance(made, str):
+            outcome = "left" if "own" in made else "kept"
+            self._notes.append(ConvertedModule(path, kind, outcome, made))
+            return module
+        if made is module:
+            self._notes.append(ConvertedModule(path, kind, "changed", "without bias or fast path"))
+            return module
+        made.train(module.training)
+        self.replaced += any(map(_is_bcos, made.modules()))
+        self._notes.append(ConvertedModule(path, kind, "replaced", type(made).__name__))
+        return made
+
+
+def _with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> nn.Module:
+    """The network with an input of pairs: by wider first layers, or behind a step if that does not work."""
+    channels, dimensions = seen.example.shape[1], seen.example.ndim - 2
+    normalize = normalization(root, config, channels, dimensions)
+    readers = _readers(root, seen)
+    if readers:
+        before = [(module, _contents(module)) for module in root.modules()]
+        try:
+            widen(root, readers, normalize)
+            probe(root, _paired(seen.example))
+        except Exception:  # code around the first layer that does not allow another one
+            for module, contents in before:
+                module.__dict__.clear()
+                module.__dict__.update(contents)
+        else:
+            notes += [
+                ConvertedModule(path, "first layer", "changed", f"reads {2 * channels} channels, normalised")
+                for path in readers
+            ]
+            return root
+    notes.append(ConvertedModule("", type(root).__name__, "changed", f"behind PairedInput, {2 * channels} channels"))
+    return PairedInput(root, normalize).train(root.training)
+
+
+def _readers(root: nn.Module, seen: Probe) -> list[str]:
+    """The layers that read the image: those that were seen, and those that timm names, which may read a resized one."""
+    named: Any = (getattr(root, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    known = dict(root.named_modules())
+    paths = [path for path in ((named,) if isinstance(named, str) else named) if path in known]
+    fitting = [path for path in paths if getattr(known[path], "in_channels", None) == seen.example.shape[1]]
+    return list(dict.fromkeys((*seen.readers, *fitting))) if seen.readers else []
+
+
+def _paired(x: Tensor) -> Tensor:
+    return torch.cat([x, 1 - x], 1)
+
+
+def _with_bypassed(
+    network: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]
+) -> list[ConvertedModule]:
+    """Mark the B-cos layers that are never called, where the original called none either."""
+    try:
+        called = probe(network, _paired(seen.example) if config.encode else seen.example).called
+    except Exception as error:
+        raise ValueError(
+            f"the converted network does not run: {' '.join(str(error).split())}; name the module in `skip`, or give a "
+            "rule for it"
+        ) from error
+    unused = {path for path, module in network.named_modules() if isinstance(module, BcosArguments)} - called
+    return [
+        ConvertedModule(note.path, note.kind, "bypassed", "stays linear: the network uses its weight without a call")
+        if note.outcome == "replaced" and note.path in unused
+        else note
+        for note in notes
+    ]
+
+
+def _classifier(model: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> str | None:
+    """The path of the last layer, after it has been put before the pooling where that is wanted and possible."""
+    if seen.last is None or not isinstance(model.get_submodule(seen.last), nn.Linear):
+        return None
+    if config.classifier == "before pooling":
+        tried = _larger(model, seen)
+        for pool_path in _pools_before(model, seen.last):
+            if _moved(model, pool_path, seen.last, tried):
+                detail = f"classifies positions, then averages; was {pool_path} and {seen.last}"
+                notes.append(ConvertedModule(seen.last, "classifier", "changed", detail))
+                return f"{seen.last}.logits" if _wants_constants(config) else None
+        notes.append(ConvertedModule(seen.last, "classifier", "kept", "no pool that it could be put before"))
+    return seen.last if _wants_constants(config) else None
+
+
+def _wants_constants(config: BcosConfig) -> bool:
+    return config.logit_bias is not None or config.temperature is not None
+
+
+def _pools_before(model: nn.Module, last: str) -> list[str]:
+    """Pools over all positions, beside the classifier or at the top."""
+    above = last.rpartition(".")[0]
+    names = ("global_pool", "avgpool", "pool")
+    paths = [f"{prefix}.{name}" if prefix else name for prefix in dict.fromkeys((above, "")) for name in names]
+    known = {path for path, _ in model.named_modules()}
+    return [path for path in paths if path in known]
+
+
+def _larger(model: nn.Module, seen: Probe) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of several sizes and the outputs for them: of a small one the last map may have one position."""
+    found = list[tuple[Tensor, Tensor]]()
+    for factor in (1, 2, 4):
+        example = seen.example.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        example = example + torch.randn(example.shape, generator=torch.Generator().manual_seed(factor)).to(example)
+        try:
+            output = probe(model, example).output
+        except Exception:  # not this size
+            continue
+        if output is not None:
+            found.append((example, output))
+    return found
+
+
+def _moved(model: nn.Module, pool_path: str, last: str, tried: list[tuple[Tensor, Tensor]]) -> bool:
+    """Put the classifier before the pool, and prove that the outputs are the same; if not, nothing is changed."""
+    before = [(module, _contents(module)) for module in model.modules()]
+    linear: Any = model.get_submodule(last)
+    above = last.rpartition(".")[0]
+    conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
+    conv.weight = nn.Parameter(linear.weight.detach()[..., None, None], linear.weight.requires_grad)
+    conv.bias = linear.bias
+    head = nn.Sequential(OrderedDict(conv=conv, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(-3)))
+    flatten_path = f"{above}.flatten" if above else "flatten"
+    try:
+        if any(path == flatten_path for path, _ in model.named_modules()):
+            model.set_submodule(flatten_path, nn.Identity().train(linear.training))
+        model.set_submodule(pool_path, nn.Identity().train(linear.training))
+        model.set_submodule(last, head.train(linear.training))
+        if any(_same_outputs(model, conv, example, output) for example, output in tried):
+            return True
+    except Exception:  # code between pool and classifier that needs a vector
+        pass
+    for module, contents in before:
+        module.__dict__.clear()
+        module.__dict__.update(contents)
+    return False
+
+
+def _same_outputs(model: nn.Module, conv: nn.Module, example: Tensor, expected: Tensor) -> bool:
+    """Whether the outputs are as before, on a map of several positions."""
+    positions = list[int]()
+    handle = conv.register_forward_hook(lambda _module, _inputs, output: positions.append(output[0, 0].numel()))
+    try:
+        output = probe(model, example).output
+    finally:
+        handle.remove()
+    if output is None or output.shape != expected.shape or positions[-1:] in ([], [1]):
+        return False
+    return bool((output - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _add_constants(root: nn.Module, config: BcosConfig, path: str) -> None:
+    name = path.removesuffix(".logits")
+    layer: Any = root.get_submodule(name)
+    last = layer.conv if path != name else layer
+    classes = last.out_channels if path != name else last.out_features
+    bias = -math.log(max(classes - 1, 1)) if config.logit_bias == "uniform" else config.logit_bias
+    logits = LogitLayer(config.temperature, bias).train(layer.training)
+    if path != name:
+        layer.add_module("logits", logits)
+    else:
+        root.set_submodule(name, nn.Sequential(OrderedDict(linear=layer, logits=logits)).train(layer.training))

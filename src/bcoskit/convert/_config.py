@@ -1,0 +1,100 @@
+"""What a conversion makes of a network."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class BcosConfig:
+    """What `bcosify` makes of a network, as plain values; by default that of Arya et al., NeurIPS 2024.
+
+    Attributes:
+        b: Exponent of the B-cos transform, at least 1; with 1 a layer stays linear.
+        learnable_b: Whether every layer gets an exponent of its own that is trained, starting at `b`.
+        max_out: Filters that compete for each output; each starts as a copy of the ordinary one.
+        normalize_weight: Whether filters are divided by their norm; with pretrained weights that changes the network.
+        biases: Whether biases of layers and norms are kept.
+        norms: `"uncentered"` for batch norms that only divide, `"keep"` for norms as they are.
+        activations: `"keep"`, or `"drop"` for identities in the place of ReLU and GELU.
+        max_pool: `"keep"`, or `"average"` for average pools in the place of max pools.
+        projections: `"linear"` for queries, keys and values that stay ordinary layers, or `"bcos"`.
+        encode: Whether the converted network takes `[x, 1 - x]`, twice the channels, where the original took `x`.
+        mean: Mean of the image per channel, which the network itself subtracts then; None for what the network's own
+            configuration (of timm) says, or else 0.
+        std: Standard deviation that goes with `mean`; None likewise, or else 1.
+        classifier: `"before pooling"` to classify positions and then average, where the network can be told so, or
+            `"keep"`.
+        logit_bias: Constant of the logits; `"uniform"` for `-log(classes - 1)`, None for none.
+        temperature: Divisor of the logits; None for 1.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    b: float = 2.0
+    learnable_b: bool = False
+    max_out: int = 1
+    normalize_weight: bool = False
+    biases: Literal["keep", "drop"] = "drop"
+    norms: Literal["keep", "uncentered"] = "uncentered"
+    activations: Literal["keep", "drop"] = "keep"
+    max_pool: Literal["keep", "average"] = "average"
+    projections: Literal["linear", "bcos"] = "linear"
+    encode: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classifier: Literal["keep", "before pooling"] = "before pooling"
+    logit_bias: float | Literal["uniform"] | None = None
+    temperature: float | None = None
+
+    _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "biases": ("keep", "drop"),
+        "norms": ("keep", "uncentered"),
+        "activations": ("keep", "drop"),
+        "max_pool": ("keep", "average"),
+        "projections": ("linear", "bcos"),
+        "classifier": ("keep", "before pooling"),
+    }
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.b < math.inf:
+            raise ValueError(f"`b` (={self.b}) must be a finite exponent of at least 1")
+        if self.max_out < 1:
+            raise ValueError(f"`max_out` (={self.max_out}) must be at least 1")
+        for name, choices in self._CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(choices)}")
+        if isinstance(self.logit_bias, str) and self.logit_bias != "uniform":
+            raise ValueError(f"`logit_bias` (={self.logit_bias!r}) must be a number, 'uniform' or None")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` (={self.temperature}) must be a finite divisor above 0, or None")
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError(f"`mean` (={self.mean}) and `std` (={self.std}) must have as many values")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"`std` (={self.std}) must be finite and above 0")
+        if not self.encode and self.mean is not None:
+            raise ValueError("`mean` and `std` need `encode` (=False): without it the input is taken as it comes")
+
+    @classmethod
+    def preset(cls, name: str) -> "BcosConfig":
+        """A configuration by name.
+
+        Args:
+            name: `"bcosification"` (Arya et al., NeurIPS 2024), the default; `"v2"` (Böhle et al., TPAMI 2024) and
+                `"v1"` (Böhle et al., CVPR 2022), whose filters have unit norm and which have no activations: of
+                the network only its shape is kept; `"exact"`, which computes what the original computes, to begin a
+                gradual conversion.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        presets = {
+            "bcosification": cls(logit_bias="uniform"),
+            "v2": cls(normalize_weight=True, activations="drop", logit_bias="uniform"),
+            "v1": cls(normalize_weight=True, activations="drop", max_out=2, logit_bias="uniform"),
+            "exact": cls(b=1.0, biases="keep", norms="keep", max_pool="keep", classifier="keep"),
+        }
+        if name not in presets:
+            raise ValueError(f"`name` (={name!r}) must be one of {', '.join(presets)}")
+        return presets[name]

@@ -1,0 +1,70 @@
+"""The input of a converted network: pairs `[x, 1 - x]` in the place of images."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit.convert._config import BcosConfig
+from bcoskit.convert._layers import StandardizedConv2d
+from bcoskit.nn import Normalize
+
+
+def normalization(model: nn.Module, config: BcosConfig, channels: int, dimensions: int) -> Normalize:
+    """The step that makes `(z, -z)` of `[x, 1 - x]`, with the normalised image `z = (x - mean) / std`.
+
+    Raises:
+        ValueError: If the configuration's constants are for another number of channels.
+    """
+    configuration: Any = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        known = len(configuration.get("mean") or ()) == len(configuration.get("std") or ()) == channels
+        mean = tuple(configuration["mean"]) if known else (0.0,) * channels
+        std = tuple(configuration["std"]) if known else (1.0,) * channels
+    if len(mean) != channels:
+        raise ValueError(f"`mean` (={mean}) must have one value for each of the network's {channels} input channels")
+    return Normalize((*mean, *(1 - value for value in mean)), (*std, *std), dimensions)
+
+
+def widen(model: nn.Module, readers: Sequence[str], normalize: Normalize) -> None:
+    """Let the layers that read the image read pairs: filters `(w, -w) / 2` give what `w` gave."""
+    for path in readers:
+        layer: Any = model.get_submodule(path)
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.groups != 1:
+            raise ValueError(f"{path!r} reads the image and is no convolution of all channels")
+        with torch.no_grad():
+            weight = layer.weight
+            if isinstance(layer, StandardizedConv2d) and layer.standardize:
+                weight = layer._filters()
+                layer.standardize, layer.gain = False, None
+            pair = torch.cat([weight, -weight], 1) / 2
+        layer.weight = nn.Parameter(pair, layer.weight.requires_grad)
+        layer.in_channels *= 2
+        copy = Normalize(normalize.mean, normalize.std, normalize.dimensions).train(layer.training)
+        stem = nn.Sequential(OrderedDict(normalize=copy, layer=layer)).train(layer.training)
+        model.set_submodule(path, stem)
+
+
+class PairedInput(nn.Module):
+    """A network behind a step that makes the normalised image `z` of pairs `[x, 1 - x]`.
+
+    For networks whose first layer cannot be widened. `z` is half the difference of `(z, -z)`, to which both halves of
+    the pair contribute.
+
+    Args:
+        model: The network, which takes `z`.
+        normalize: What makes `(z, -z)` of the pair.
+    """
+
+    def __init__(self, model: nn.Module, normalize: Normalize) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """Pairs (N, 2C, *spatial) to the output of the network."""
+        image, complement = self.normalize(x).chunk(2, -1 - self.normalize.dimensions)
+        return self.model((image - complement) / 2)

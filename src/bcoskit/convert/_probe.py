@@ -1,0 +1,122 @@
+"""What a network does with an input, seen from outside: who reads the image, who is called, who gives the output."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DIMENSIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_SIZES = (32, 64, 96, 128, 224, 256, 384)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen.
+
+    Attributes:
+        example: The input.
+        output: The network's output, if it is one tensor.
+        readers: Paths of the layers that read the input itself.
+        last: Path of the layer whose output is the network's.
+        called: Paths of the modules that were called.
+    """
+
+    example: Tensor
+    output: Tensor | None
+    readers: tuple[str, ...]
+    last: str | None
+    called: frozenset[str]
+
+
+def probe(model: nn.Module, example: Tensor) -> Probe:
+    """Run a network on an example, in evaluation mode and without gradients; it is as before afterwards."""
+    readers, called, outputs = list[str](), set[str](), dict[str, Tensor]()
+    handles: list[Any] = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        def note(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            called.add(path)
+            if arguments and isinstance(arguments[0], Tensor) and _is_same(arguments[0], example):
+                readers.append(path)
+            if isinstance(output, Tensor):
+                outputs[path] = output
+
+        handles.append(module.register_forward_hook(note))
+
+    leaves = [(path, module) for path, module in model.named_modules() if path and not module._modules]
+    for path, module in leaves:
+        watch(path, module)
+    try:
+        with evaluating(model):
+            output = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    output = output if isinstance(output, Tensor) else None
+    last = None
+    if output is not None:
+        last = next((path for path, found in reversed(outputs.items()) if found is output), None)
+    return Probe(example, output, tuple(dict.fromkeys(readers)), last, frozenset(called))
+
+
+def _is_same(tensor: Tensor, example: Tensor) -> bool:
+    return tensor.data_ptr() == example.data_ptr() and tensor.shape == example.shape
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the modes and torch's random state as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    state = torch.get_rng_state()
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        for module in training:
+            module.training = True
+
+
+def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
+    """Small inputs that a network may take: noise of the sizes that its configuration names, or usual ones."""
+    first = next((module for module in model.modules() if isinstance(module, tuple(_DIMENSIONS))), None)
+    dimensions = next((count for kind, count in _DIMENSIONS.items() if isinstance(first, kind)), 2)
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    size = configuration.get("input_size")
+    sizes: list[tuple[int, ...]] = [(side,) * dimensions for side in (_SIZES if dimensions < 3 else _SIZES[:2])]
+    if size is not None:
+        # A network that takes other sizes than its own is quicker to try with small ones.
+        sizes = [(side, side) for side in _SIZES if side < size[-1]] + [tuple(size[1:])]
+        if configuration.get("fixed_input_size"):
+            sizes = [tuple(size[1:])]
+    count = channels or (size[0] if size is not None else getattr(first, "in_channels", 3))
+    parameter = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    for shape in sizes:
+        yield torch.randn(1, count, *shape, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def probe_any(model: nn.Module, given: Tensor | None) -> Probe | None:
+    """Probe with a given example, or with the first that works; None if none does.
+
+    Raises:
+        ValueError: If the network does not take the given one.
+    """
+    if given is not None:
+        try:
+            return probe(model, given)
+        except Exception as error:
+            raise ValueError(
+                f"`example` of shape {tuple(given.shape)} is no input of the network: {' '.join(str(error).split())}"
+            ) from error
+    for example in examples(model):
+        try:
+            return probe(model, example)
+        except Exception:  # not this size
+            continue
+    return None

@@ -1,0 +1,457 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import std_conv
+from timm.layers.conv2d_same import Conv2dSame
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import bcoskit
+from bcoskit import BcosConfig, bcosify, set_b
+from bcoskit.convert import Rule
+from bcoskit.convert._input import PairedInput
+from bcoskit.nn import BatchNorm, BcosConv1d, BcosConv2d, BcosConv3d, BcosConvTranspose2d, BcosLinear
+
+EXACT = BcosConfig.preset("exact")
+
+
+def shaken(model, seed=0):
+    """A network in evaluation mode whose norms and biases are not those of a fresh one."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        for name in ("running_mean", "bias"):
+            value = getattr(module, name, None)
+            if isinstance(value, torch.Tensor):
+                nn.init.normal_(value, std=0.3)
+        if getattr(module, "running_var", None) is not None:
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def normalized(model, images):
+    configuration = getattr(model, "pretrained_cfg", None)
+    if not configuration:
+        return images
+    mean, std = (images.new_tensor(configuration[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+def pairs(x):
+    return torch.cat([x, 1 - x], 1)
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+class Attending(nn.Module):
+    """Patches, torch's encoder with its fast path, and a classifier."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, 8)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu", **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x).flatten(2).mT).mean(1))
+
+
+class Shared(nn.Module):
+    """One layer in two places, of which one is an attribute of another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.one = nn.Conv2d(6, 6, 3, padding=1)
+        self.block = nn.Sequential(nn.ReLU(), self.one)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.block(self.one(self.stem(x))).mean((2, 3)))
+
+
+class Bypassing(nn.Module):
+    """Uses the weight of a layer, which it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(F.linear(self.stem(x).mean((2, 3)), self.mix.weight, self.mix.bias))
+
+
+class OwnForward(nn.Conv2d):
+    """A convolution that does something else as well."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class WithOwn(nn.Sequential):
+    """A network with a layer that no rule knows."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), OwnForward(4, 4, 3), nn.Flatten(), nn.LazyLinear(3))
+
+
+class Resizing(nn.Module):
+    """No layer reads the image itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.stem(x * 2).mean((2, 3)))
+
+
+def small(*layers):
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+PLAIN = {
+    "batch norm": lambda: small(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+    "grouped": lambda: small(nn.Conv2d(3, 6, 3, padding="same"), nn.Conv2d(6, 8, 3, groups=2, dilation=2)),
+    "reflecting": lambda: small(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")),
+    "same": lambda: small(Conv2dSame(3, 8, 3, 2)),
+    "standardized": lambda: small(std_conv.StdConv2d(3, 6, 3), std_conv.StdConv2dSame(6, 8, 3, 2)),
+    "scaled": lambda: small(
+        std_conv.ScaledStdConv2d(3, 6, 3, gamma=1.7), std_conv.ScaledStdConv2dSame(6, 8, 3, 2, gain_init=0.6)
+    ),
+    "transposed": lambda: small(nn.Conv2d(3, 6, 3, 2), nn.ConvTranspose2d(6, 8, 3, 2, 1, 1, groups=2)),
+    "attention": Attending,
+    "attention, norm first": lambda: Attending(norm_first=True),
+    "shared": Shared,
+    "bypassing": Bypassing,
+    "resizing": Resizing,
+}
+TIMM = ["test_resnet", "test_efficientnet", "test_convnext2", "test_vit3", "test_nfnet", "test_mambaout"]
+
+
+class TestExactStart:
+    @pytest.mark.parametrize("name", PLAIN)
+    def test_plain_modules(self, name):
+        model = shaken(PLAIN[name]())
+        x = torch.rand(2, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(x)
+            assert relative(bcosify(model, EXACT)(pairs(x)), expected) < 1e-5
+            # The control: another exponent is another function.
+            assert relative(bcosify(model, BcosConfig(b=2, biases="keep"))(pairs(x)), expected) > 1e-2
+
+    @pytest.mark.parametrize("name", TIMM)
+    def test_timm(self, name):
+        model = shaken(timm.create_model(name, num_classes=5))
+        images = torch.rand(2, *model.pretrained_cfg["input_size"])
+        with torch.no_grad():
+            expected = model(normalized(model, images))
+            assert relative(bcosify(model, EXACT)(bcoskit.encode(images)), expected) < 1e-5
+
+    def test_every_choice_that_changes_nothing_at_exponent_one(self):
+        model = shaken(timm.create_model("resnet18", num_classes=5))
+        images = torch.rand(2, 3, 64, 64)
+        config = BcosConfig(
+            b=1, learnable_b=True, max_out=2, biases="keep", norms="uncentered", max_pool="keep", projections="bcos"
+        )
+        converted = bcosify(model, config)
+        assert any(isinstance(module, BatchNorm) for module in converted.modules())
+        assert isinstance(converted.global_pool, nn.Identity)
+        with torch.no_grad():
+            found, expected = converted(bcoskit.encode(images)), model(normalized(model, images))
+        assert relative(found, expected) < 1e-5
+
+    def test_mean_and_std_of_the_caller(self):
+        model = shaken(PLAIN["batch norm"]())
+        x = torch.rand(2, 3, 32, 32)
+        config = BcosConfig(b=1, biases="keep", norms="keep", max_pool="keep", mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 2))
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (config.mean, config.std))
+        with torch.no_grad():
+            assert relative(bcosify(model, config)(pairs(x)), model((x - mean) / std)) < 1e-5
+
+    def test_inputs_that_are_not_encoded(self):
+        model = shaken(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)))
+        config = BcosConfig(b=1, biases="keep", norms="keep", encode=False)
+        x = torch.rand(4, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(bcosify(model, config)(x), model(x))
+
+
+OTHER_INPUTS = {
+    "grey": (lambda: small(nn.Conv2d(1, 8, 3)), (1, 28, 28), BcosConv2d),
+    "signal": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 8, 5, 2, 2), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8 * 25, 3)
+        ),
+        (2, 100),
+        BcosConv1d,
+    ),
+    "volume": (
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 4, 3, 2), nn.BatchNorm3d(4), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+        ),
+        (1, 12, 10, 8),
+        BcosConv3d,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_INPUTS)
+def test_other_inputs(name):
+    make, shape, kind = OTHER_INPUTS[name]
+    model = shaken(make())
+    x = torch.rand(2, *shape)
+    with torch.no_grad():
+        exact = bcosify(model, EXACT, example=x)
+        assert relative(exact(pairs(x)), model(x)) < 1e-5
+    converted = bcosify(model, example=x)
+    assert any(isinstance(module, kind) for module in converted.modules())
+    explanation = bcoskit.explain(converted, pairs(x), shares=True)
+    assert float(explanation.residual.abs().max()) < 1e-5
+    assert bcoskit.audit(converted, pairs(x)).passed
+
+
+class TestResult:
+    @pytest.mark.parametrize("name", PLAIN)
+    def test_it_is_dynamic_linear(self, name):
+        converted = bcosify(shaken(PLAIN[name]()), BcosConfig(projections="bcos", logit_bias="uniform"))
+        assert bcoskit.audit(converted, pairs(torch.rand(2, 3, 32, 32))).passed
+
+    @pytest.mark.parametrize("preset", ["bcosification", "v2", "v1"])
+    @pytest.mark.parametrize("name", ["test_resnet", "test_vit3"])
+    def test_presets(self, name, preset):
+        model = shaken(timm.create_model(name, num_classes=5))
+        converted = bcosify(model, BcosConfig.preset(preset))
+        x = bcoskit.encode(torch.rand(2, *model.pretrained_cfg["input_size"]))
+        assert bcoskit.audit(converted, x).passed
+        activations = [module for module in converted.modules() if isinstance(module, (nn.ReLU, nn.GELU))]
+        assert bool(activations) == (preset == "bcosification" and name == "test_resnet") or name == "test_vit3"
+        assert {module.max_out for module in converted.modules() if isinstance(module, BcosConv2d)} == {
+            2 if preset == "v1" else 1
+        }
+
+    def test_as_the_network_by_name(self):
+        """The authors' converted network, of the same weights."""
+        named = shaken(bcoskit.create_model("resnet18.bcosification_in1k"))
+        plain = timm.create_model("resnet18").eval()
+        weights = {}
+        for path, value in named.state_dict().items():
+            path = path.replace("conv1.conv.", "conv1.") if path.startswith("conv1") else path
+            path = path.replace("fc.conv.", "fc.")
+            weights[path] = value
+        first = weights["conv1.weight"]
+        weights["conv1.weight"] = first[:, :3] - first[:, 3:]
+        weights["fc.weight"] = weights["fc.weight"].flatten(1)
+        plain.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            named.conv1.conv.weight.copy_(torch.cat([weights["conv1.weight"], -weights["conv1.weight"]], 1) / 2)
+        converted = bcosify(plain, BcosConfig.preset("bcosification"))
+        x = bcoskit.encode(torch.rand(2, 3, 64, 64))
+        ours, theirs = bcoskit.explain(converted, x), bcoskit.explain(named, x)
+        assert relative(ours.logits, theirs.logits) < 1e-5
+        assert relative(ours.weights, theirs.weights) < 1e-4
+
+    def test_parameters_stay_the_same_objects(self):
+        model = shaken(timm.create_model("test_resnet"))
+        before = {id(parameter) for parameter in model.parameters()}
+        bcosify(model, BcosConfig(classifier="keep"), inplace=True)
+        new = [path for path, parameter in model.named_parameters() if id(parameter) not in before]
+        assert new == ["conv1.0.layer.weight"]
+
+    def test_a_copy_leaves_the_original(self):
+        model = timm.create_model("test_resnet")
+        state, text = copy.deepcopy(model.state_dict()), str(model)
+        converted = bcosify(model)
+        assert converted is not model
+        assert str(model) == text
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(module.training for module in (*model.modules(), *converted.modules()))
+        assert not any(module._forward_hooks for module in (*model.modules(), *converted.modules()))
+
+    def test_random_state_and_modes_stay(self):
+        model = small(nn.Conv2d(3, 8, 3), nn.Dropout(0.5))
+        model[1].eval()
+        torch.manual_seed(3)
+        expected = torch.rand(3)
+        torch.manual_seed(3)
+        converted = bcosify(model)
+        assert torch.equal(torch.rand(3), expected)
+        assert [module.training for module in converted.children()] == [module.training for module in model.children()]
+
+    def test_shared_modules_stay_shared(self):
+        converted = bcosify(shaken(Shared()))
+        assert converted.one is converted.block[1]
+        assert isinstance(converted.one, BcosConv2d)
+
+    def test_no_biases_remain(self):
+        converted = bcosify(shaken(timm.create_model("test_vit3")))
+        assert [path for path, _ in converted.named_parameters() if path.endswith("bias")] == []
+
+    def test_float64_and_training(self):
+        model = small(nn.Conv2d(3, 8, 3)).double()
+        converted = bcosify(model, BcosConfig(learnable_b=True, max_out=2))
+        assert {parameter.dtype for parameter in converted.parameters()} == {torch.float64}
+        converted(pairs(torch.rand(2, 3, 16, 16, dtype=torch.float64))).sum().backward()
+        assert all(parameter.grad is not None for parameter in converted.parameters())
+
+    def test_constants_of_the_logits(self):
+        model = shaken(Resizing())
+        x = pairs(torch.rand(2, 3, 32, 32))
+        plain = bcosify(model)
+        with torch.no_grad():
+            changed = bcosify(model, BcosConfig(logit_bias=0.5, temperature=2.0))(x)
+            torch.testing.assert_close(changed, plain(x) / 2 + 0.5)
+
+    def test_the_paired_input(self):
+        assert isinstance(bcosify(shaken(Resizing())), PairedInput)
+
+    def test_skip_and_rules(self):
+        model = shaken(small(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)))
+        skipped = bcosify(model, skip=["1"])
+        assert type(skipped[1]) is nn.Conv2d
+        assert [module.path for module in skipped.conversion.of("skipped")] == ["1"]
+        own = bcosify(model, rules=[Rule((nn.ReLU,), lambda *_arguments: nn.Identity())])
+        assert isinstance(own[2], nn.Identity)
+
+
+class TestReport:
+    def test_what_is_bypassed(self):
+        report = bcosify(shaken(Bypassing())).conversion
+        assert [module.path for module in report.of("bypassed")] == ["mix"]
+        assert "stays linear" in str(report)
+
+    def test_what_is_left(self):
+        model = WithOwn()
+        model(torch.rand(1, 3, 32, 32))
+        report = bcosify(model.eval(), example=torch.rand(1, 3, 32, 32)).conversion
+        assert [(module.path, module.outcome) for module in report.modules if module.kind == "OwnForward"] == [
+            ("1", "left")
+        ]
+
+    def test_the_table(self):
+        text = str(bcosify(timm.create_model("test_resnet")).conversion)
+        assert "BcosConv2d" in text
+        assert "classifies positions" in text
+        assert "reads 6 channels" in text
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("make", "options", "message"),
+        [
+            (lambda: bcosify(small(nn.Conv2d(3, 8, 3))), {}, "B-cos layer already"),
+            (lambda: small(parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), {}, "remove the parametrisation"),
+            (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "no weights yet"),
+            (lambda: nn.Sequential(nn.ReLU()), {}, "no module that a rule converts"),
+            (lambda: nn.Sequential(nn.Linear(5, 3)), {}, "give an `example`"),
+            (lambda: small(nn.Conv2d(3, 8, 3)), {"skip": ["nothing.*"]}, "names no module"),
+            (lambda: small(nn.Conv2d(3, 8, 3)), {"example": torch.rand(1, 4, 9, 9)}, "is no input of the network"),
+            (
+                lambda: small(nn.Conv2d(3, 8, 3)),
+                {"config": BcosConfig(mean=(0.5,), std=(0.5,))},
+                "must have one value for each",
+            ),
+        ],
+    )
+    def test_values(self, make, options, message):
+        model = make()
+        text = str(model)
+        with pytest.raises(ValueError, match=message):
+            bcosify(model, inplace=True, **options)
+        assert str(model) == text
+
+    def test_what_is_no_module(self):
+        with pytest.raises(TypeError, match="`model`"):
+            bcosify(torch.relu)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"b": 0.5},
+            {"b": float("nan")},
+            {"max_out": 0},
+            {"biases": "some"},
+            {"logit_bias": "large"},
+            {"temperature": 0},
+            {"mean": (0.5,)},
+            {"mean": (0.5,), "std": (0.0,)},
+            {"encode": False, "mean": (0.5,), "std": (1.0,)},
+        ],
+    )
+    def test_configurations(self, options):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}`|`std`|`mean`"):
+            BcosConfig(**options)
+        with pytest.raises(ValueError, match="bcosification"):
+            BcosConfig.preset("v3")
+
+    def test_a_failure_in_place_changes_nothing(self):
+        model = shaken(timm.create_model("test_resnet"))
+        text, state = str(model), copy.deepcopy(model.state_dict())
+
+        def fail(module, _config, path):
+            if path.startswith("layer3"):
+                raise RuntimeError("on purpose")
+            return nn.Identity()
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            bcosify(model, rules=[Rule((nn.ReLU,), fail)], inplace=True)
+        assert str(model) == text
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class TestSetB:
+    def test_values(self):
+        model = shaken(Attending())
+        x = pairs(torch.rand(2, 3, 32, 32))
+        config = BcosConfig(b=1, biases="keep", norms="keep")
+        gradual = bcosify(model, config)
+        with torch.no_grad():
+            at_two = set_b(gradual, 2.0)(x)
+            torch.testing.assert_close(at_two, bcosify(model, BcosConfig(biases="keep", norms="keep"))(x))
+            learnable = bcosify(model, BcosConfig(b=1, learnable_b=True, biases="keep", norms="keep"))
+            assert all(float(layer.b) == 1.5 for layer in set_b(learnable, 1.5).modules() if hasattr(layer, "b"))
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="`b`"):
+            set_b(bcosify(small(nn.Conv2d(3, 8, 3))), 0.5)
+        with pytest.raises(ValueError, match="no B-cos layer"):
+            set_b(nn.ReLU(), 2.0)
+
+
+def transposed_by_hand(x, weight, groups, stride, padding, b):
+    """Every output as the sum over what the kernel lays on it, in float64."""
+    rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    norms = rows.flatten(1).norm(dim=1)
+    y = F.conv_transpose2d(x, weight, None, stride, padding, 0, groups) / norms[:, None, None]
+    energy = x.square().unflatten(1, (groups, -1)).sum(2)
+    ones = torch.ones(1, 1, *weight.shape[2:], dtype=x.dtype)
+    per_group = [F.conv_transpose2d(energy[:, [index]], ones, None, stride, padding) for index in range(groups)]
+    patch = torch.cat(per_group, 1).add(1e-6).sqrt().repeat_interleave(len(rows) // groups, 1)
+    return y * (y / patch).abs() ** (b - 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("b", [1, 2])
+def test_transposed_convolution(groups, b):
+    torch.manual_seed(0)
+    layer = BcosConvTranspose2d(4, 6, 3, 2, 1, groups=groups, b=b).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    expected = transposed_by_hand(x, layer.weight, groups, 2, 1, b)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-9, atol=1e-12)
+    assert layer(x, output_size=[10, 12]).shape == (2, 6, 10, 12)
+    assert "b=" in repr(layer)
+
+
+def test_linear_layers_between():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
+    converted = bcosify(model, BcosConfig(encode=False))
+    assert isinstance(converted[1], BcosLinear)
