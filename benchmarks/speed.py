@@ -28,6 +28,7 @@ from typing import Any
 
 import timm
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from authors import authors_network
 from rich.console import Console
@@ -123,6 +124,7 @@ def _forward(network: Callable[..., Any], x: Tensor) -> None:
         network(x)
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # compiled graphs are kept from one target to the next
 def _gradient(network: Callable[..., Any], x: Tensor, targets: int) -> None:
     start = x.detach().requires_grad_()
     logits = network(start)

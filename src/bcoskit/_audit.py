@@ -6,7 +6,7 @@ of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plu
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ from bcoskit._layers import uncompiled
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
+from bcoskit.dynamic._places import Places
 
 __all__ = ["AuditReport", "Violation", "audit", "weights_gradient"]
 
 RESIDUAL_BOUND = 1e-10
+_INTERACTION = 1e-9  # relative; what rounding makes of another batch size is far below
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class AuditReport:
     """What the three audits found.
 
     Attributes:
-        offenders: The operations that are not linear in the input; empty if the graph audit passed.
+        offenders: The operations that are not linear in the input, or make samples depend on each other, or decide by
+            values of the input in Python; empty if the graph audit passed.
         forward: Largest difference between the outputs inside and outside `explanation_mode`, relative to the largest
             output.
         numeric: Largest absolute derivative of `W(x)` with respect to `x` with its factors frozen: exactly 0 if the
@@ -86,7 +89,8 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
     with untouched(x.device), mode:
         start = mode.start_at(inputs.detach().requires_grad_().clone())
         output = network(start.clone())
-        offenders = tuple(violations(output, mode))
+        offenders = (*violations(output, mode), *mode.unseen)
+    offenders += tuple(_interacting(network, inputs))
     forward = _difference(output.detach(), network, inputs)
     numeric = weights_gradient(network, inputs, products=products)
     if offenders:
@@ -97,6 +101,44 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
     assert explanation.residual is not None
     shares = {name: float(share.sum()) for name, share in (explanation.shares or {}).items()}
     return AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
+
+
+def _interacting(network: nn.Module, x: Tensor) -> Iterator[Violation]:
+    """The first module whose output for a sample is another one when there are other samples beside it."""
+    pair = torch.cat([x[:1], x[:1].flip(-1) if len(x) == 1 else x[1:2]])
+    together, alone = (_outputs(network, inputs) for inputs in (pair, x[:1]))
+    for (path, kind, place, both), (_, _, _, one) in zip(together, alone, strict=False):
+        if both.shape[1:] == one.shape[1:] and len(both) == 2 * len(one):
+            first = both[: len(one)]
+            if not bool((first - one).abs().max() <= _INTERACTION * one.abs().max()):
+                reason = "makes each output depend on the other samples of the batch"
+                yield Violation("", kind, place, path, reason)
+                return
+
+
+def _outputs(network: nn.Module, x: Tensor) -> list[tuple[str, str, str, Tensor]]:
+    """The outputs of all modules, in the order in which they end: paths, classes, places of their code, outputs."""
+    found: list[tuple[str, str, str, Tensor]] = []
+    places = Places(network)
+    handles: list[Any] = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
+                place = places.of(module)
+                found.append((path, f"{type(module).__name__}.forward", place[0] if place else "?", output.clone()))
+
+        handles.append(module.register_forward_hook(note))
+
+    for path, module in network.named_modules():
+        watch(path, module)
+    try:
+        with torch.no_grad():
+            network(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _difference(output: Tensor, network: nn.Module, x: Tensor) -> float:
@@ -120,9 +162,9 @@ def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductP
     """
     with untouched(x.device), explanation_mode(products=products):
         start = x.detach().clone().requires_grad_()
-        output = model(start.clone())
         generator = torch.Generator().manual_seed(0)
         try:
+            output = model(start.clone())
             (weights,) = torch.autograd.grad(output.sum(), start, create_graph=True)
             if not weights.requires_grad:
                 return 0.0

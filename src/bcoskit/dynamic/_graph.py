@@ -1,17 +1,19 @@
 """The graph audit: which operations behind an output are not linear in the input, and where they are called."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bcoskit.dynamic._mode import (
     WRITE,
     ExplanationMode,
+    NotLinearError,
     ProductPolicy,
     is_freeze,
     name_of,
@@ -21,6 +23,16 @@ from bcoskit.dynamic._mode import (
 from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
+
+
+_REGISTER = "replace it, or register what is to be frozen in it with `bcoskit.rule`"
+_SUGGESTIONS = {
+    "own backward": "write it with torch's operations, or register a rule for the function that calls it",
+    "read by Python": "compute with tensors (`torch.where`, a product) instead of deciding by a value",
+    "samples of the batch": "call `model.eval()`, and keep running statistics; let no statistic run over the batch",
+    "statistics of the batch": "call `model.eval()`, and keep running statistics",
+    "factors that depend": "freeze one factor by `bcoskit.freeze`",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,11 @@ class Violation:
     location: str = "?"
     module: str = "?"
     reason: str = "is not linear in the input"
+
+    @property
+    def suggestion(self) -> str:
+        """What to do about it."""
+        return next((text for words, text in _SUGGESTIONS.items() if words in self.reason), _REGISTER)
 
     def __str__(self) -> str:
         return f"{self.operation} ({self.node}) {self.reason}, in module {self.module!r} at {self.location}"
@@ -158,25 +175,82 @@ def _violation(node: Any, reason: str) -> Violation:
 class LocatingMode(ExplanationMode):
     """An `explanation_mode` that notes at every node of the graph where in the network it was made.
 
+    What no node shows is collected: values of the input that Python reads, and operations that a rule refuses, which
+    are run as they are.
+
     Args:
         model: The network, for the paths of its modules.
         products: As of `explanation_mode`.
+
+    Attributes:
+        unseen: What was collected.
     """
 
     def __init__(self, model: Callable[..., Any], products: ProductPolicy = "split") -> None:
         super().__init__(products=products)
         self._places = Places(model)
+        self.unseen: list[Violation] = []
+        # What was computed from the input without a gradient path: kept, so that no other tensor takes its address.
+        self._derived: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "LocatingMode":
+        super().__enter__()
+        thread = threading.get_ident()
+
+        def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+            place = self._places.of(module) if threading.get_ident() == thread else None
+            if place is not None:  # operations that are no torch functions are noticed here at the latest
+                self._mark(tensors_in(output), lambda _node: Violation("", f"{type(module).__name__}.forward", *place))
+
+        self._hooks.append(torch.nn.modules.module.register_module_forward_hook(note))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.pop().remove()
+        self._derived.clear()
+        super().__exit__(*exception)
+
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = list(tensors_in([args, kwargs]))
+        from_input = any(tensor.requires_grad or id(tensor) in self._derived for tensor in given)
+        name = getattr(func, "__name__", "")
+        if name in _READS and from_input:
+            reason = "is read by Python, which decides by a value of the input: the decision is no part of the map"
+            self.unseen.append(Violation("read", name_of(func), *self._places.here(), reason))
+        try:
+            output = super()._apply(func, args, kwargs)
+        except NotLinearError as error:
+            self.unseen.append(Violation("refused", name_of(func), *self._places.here(), f"is refused: {error}"))
+            output = func(*args, **kwargs)
+        if from_input:
+            self._derived |= {id(tensor): tensor for tensor in tensors_in(output) if not tensor.requires_grad}
+        return output
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and mark the nodes that it has added to the graph."""
+        place: tuple[str, str] | None = None
+
+        def here() -> tuple[str, str]:
+            nonlocal place
+            place = place or self._places.here()
+            return place
+
+        before = f"what is no torch function, before {name_of(func)}"
+        self._mark(tensors_in([args, kwargs]), lambda _node: Violation("", before, *here()))
         output = super().natural(func, args, kwargs)
-        stack: list[Any] = [tensor.grad_fn for tensor in tensors_in(output)]
-        if any(node is not None and _LOCATION not in node.metadata for node in stack):
-            location, module = self._places.here()
-            mark = Violation("", name_of(func), location, module)
-            while stack:
-                node = stack.pop()
-                if node is not None and _LOCATION not in node.metadata:
-                    node.metadata[_LOCATION] = mark
-                    stack.extend(parent for parent, _ in node.next_functions)
+        self._mark(tensors_in(output), lambda _node: Violation("", name_of(func), *here()))
         return output
+
+    @staticmethod
+    def _mark(tensors: Iterator[Tensor], mark: Callable[[Any], Violation]) -> None:
+        """Mark the nodes behind tensors that have no mark yet."""
+        stack: list[Any] = [tensor.grad_fn for tensor in tensors]
+        while stack:
+            node = stack.pop()
+            if node is not None and _LOCATION not in node.metadata:
+                node.metadata[_LOCATION] = mark(node)
+                stack.extend(parent for parent, _ in node.next_functions)
+
+
+_READS = frozenset("__bool__ __int__ __float__ __index__ item tolist numpy is_nonzero equal allclose".split())

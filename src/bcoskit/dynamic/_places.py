@@ -29,6 +29,14 @@ class Places:
         location, path, _ = self._nearest()
         return location, path
 
+    def of(self, module: nn.Module) -> tuple[str, str] | None:
+        """Where the forward pass of a module is written, and its path; None if it is none of the network's."""
+        path = self._paths.get(id(module))
+        if path is None:
+            return None
+        code = getattr(type(module).forward, "__code__", None)
+        return ("?" if code is None else f"{Path(code.co_filename).name}:{code.co_firstlineno}"), path
+
     def name_of_number(self, values: Iterable[Any]) -> str:
         """The path of the nearest module, with the attribute in which it keeps one of the values, if there is one."""
         _, path, module = self._nearest()
