@@ -785,6 +785,60 @@ class TestCompile:
         assert "--no-shares" in errors[0]
 
 
+class TestAudit:
+    def test_a_network_that_passes(self, capsys):
+        assert cli.main(["audit", BCOS]) == 0
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[-1] == "passed"
+        assert "fc.logits.bias" in printed
+
+    def test_an_ordinary_network_and_its_conversion(self, capsys):
+        for arguments in (["timm/test_resnet"], ["timm/test_vit3", "--convert", "exact", "--products=first"]):
+            assert cli.main(["audit", *arguments, "--json"]) == 0
+            told = json.loads(capsys.readouterr().out)
+            assert told["passed"]
+            assert (told["numeric"], told["offenders"]) == (0, [])
+            assert told["residual"] < 1e-10
+
+    def test_a_network_that_does_not(self, capsys, monkeypatch):
+        network = create_model(BCOS)
+        network.conv1 = torch.nn.Sequential(network.conv1, Digamma())
+        monkeypatch.setattr("bcoskit._command_audit.create_model", lambda *_arguments, **_options: network)
+        assert cli.main(["audit", BCOS, "--json"]) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert told["offenders"][0]["module"] == "conv1.1"
+        assert "bcoskit.rule" in told["offenders"][0]["suggestion"]
+        assert cli.main(["audit", BCOS]) == 1
+        assert "digamma" in capsys.readouterr().out
+
+    def test_an_image(self, capsys):
+        assert cli.main(["audit", BCOS, f"--image={PHOTOGRAPHS / 'cat.jpg'}"]) == 0
+        capsys.readouterr()
+        assert cli.main(["audit", BCOS, "--image=absent.jpg"]) == 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["timm/nothing"], "no network of that name"),
+            (["nothing"], "nothing"),
+            (["timm/test_resnet", "--weights=x.pth"], "`weights`"),
+            ([BCOS, "--convert=exact"], "B-cos layer already"),
+            ([BCOS, "--convert=v9"], "v9"),
+        ],
+    )
+    def test_one_line(self, arguments, message, capsys):
+        assert cli.main(["audit", *arguments]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert message in error
+
+
+class Digamma(torch.nn.Module):
+    """Not linear, and without a rule."""
+
+    def forward(self, x):
+        return torch.digamma(x + 2)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),

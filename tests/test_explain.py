@@ -157,6 +157,64 @@ def test_audit_names_what_is_not_linear():
     assert bcoskit.audit(bcos_network(), inputs()).passed
 
 
+class Reading(nn.Module):
+    def forward(self, x):
+        return 2 * x if (x.detach().sum() > 0).item() else 3 * x
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh().square())
+
+
+class HiddenTanh(nn.Module):
+    def forward(self, x):
+        return Custom.apply(x)
+
+
+class Interacting(nn.Module):
+    def forward(self, x):
+        return x * torch.rsqrt(x.var(0, keepdim=True) + 1)
+
+
+class Unfrozen(nn.Module):
+    def forward(self, x):
+        return torch.lgamma(x + 3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation", "reason", "suggestion"),
+    [
+        (Reading(), "Tensor.item", "read by Python", "torch.where"),
+        (HiddenTanh(), "HiddenTanh.forward", "own backward", "torch's operations"),
+        (Interacting(), "Interacting.forward", "other samples", "eval"),
+        (Unfrozen(), "torch.lgamma", "not known to be linear", "bcoskit.rule"),
+        (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm", "statistics of the batch", "eval"),
+    ],
+)
+def test_audit_names_planted_faults(fault, operation, reason, suggestion):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(384, 4), fault, nn.Linear(4, 3)).eval()
+    report = bcoskit.audit(network, inputs())
+    assert not report.passed
+    found = [offender for offender in report.offenders if offender.operation == operation]
+    assert [offender.module for offender in found[:1]] == ["2"]
+    assert reason in found[0].reason
+    assert suggestion in found[0].suggestion
+    assert all(offender.module == "2" for offender in report.offenders)
+    assert not any(module._forward_hooks for module in network.modules())
+    assert not nn.modules.module._global_forward_hooks
+    # The control: the same network without the fault.
+    network[2] = nn.ReLU()
+    assert bcoskit.audit(network, inputs()).passed
+
+
 def test_product_policies():
     class Gated(nn.Module):
         def forward(self, x):

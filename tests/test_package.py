@@ -26,7 +26,7 @@ LEVELS = [
     {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "training", "_command_pictures"},
-    {"_command_models", "_command_report"},
+    {"_command_audit", "_command_models", "_command_report"},
     {"_command_explain"},
     {"cli"},
 ]
@@ -90,7 +90,7 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "cat.png").exists()

@@ -38,21 +38,16 @@ def way(x: Tensor, weight: Tensor | None = None) -> Way:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether operations on `x` are run as they are called, in its own precision."""
+    """Whether operations on `x` are run as they are called, in single or double precision."""
+    device = x.device.type
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and is_precise(x)
+        and x.dtype in (torch.float32, torch.float64)
+        and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
-
-
-def is_precise(x: Tensor) -> bool:
-    """Whether operations on `x` have single or double precision."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.dtype in (torch.float32, torch.float64) and not autocast
 
 
 class Parts:

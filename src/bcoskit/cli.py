@@ -26,7 +26,8 @@ class Command:
         summary: What `bcoskit --help` says of it.
         load: Imports its function, which takes seconds where torch and Lightning come with it; the function returns
             an exit code, or figures, which are printed.
-        positional: The parameter that is given without an option's name, and how many values it takes.
+        positional: The parameter that is given without an option's name, and how many values it takes: `"one"`, `"?"`
+            for one or none, `"+"` for one or more.
         configurable: Whether `--config FILE` gives options in YAML.
     """
 
@@ -40,6 +41,12 @@ def _explain() -> Callable[..., int]:
     from bcoskit._command_explain import explain_images
 
     return explain_images
+
+
+def _audit() -> Callable[..., int]:
+    from bcoskit._command_audit import audit_model
+
+    return audit_model
 
 
 def _models() -> Callable[..., int]:
@@ -59,6 +66,7 @@ def _train() -> Callable[..., dict[str, float]]:
 COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
     "train": Command("Train a network on images.", _train, configurable=True),
+    "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),
     "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
 }
 
@@ -147,8 +155,10 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
     special: set[str | int] = set()
     if command.positional is not None:
         positional, count = command.positional
-        default = {} if count == "+" else {"default": parameters[positional].default}
-        parser.add_argument(positional, nargs=count, help=helps[positional], **default)
+        options: dict[str, Any] = {} if count == "one" else {"nargs": count}
+        if count == "?":
+            options["default"] = parameters[positional].default
+        parser.add_argument(positional, help=helps[positional], **options)
         special.add(positional)
     for parameter in parameters.values():
         if parameter.annotation is bool:

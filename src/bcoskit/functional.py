@@ -72,9 +72,8 @@ def bcos_linear(
     """
     _check_arguments(b, max_out, scale)
     way = _passes.way(x, weight)
-    filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
-    y = F.linear(x, filters)
-    y = _max_out(y if factor is None else y * factor.to(y.dtype), max_out, -1)
+    filters, later = _filters(weight, normalize_weight, b, max_out, way)
+    y = _max_out(F.linear(x, filters), max_out, -1)
     if not _is_linear(b):
         with _precisely(x):
             values = freeze(in_single_precision(x))
@@ -146,14 +145,14 @@ def bcos_conv(
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
     way = _passes.way(x, weight)
-    filters, factor, later = _filters(weight, normalize_weight, b, max_out, way)
+    filters, later = _filters(weight, normalize_weight, b, max_out, way)
     energy = None
     if way == "derivatives" and not _is_linear(b):
         y, energy = _passes.convolved(x, filters, strides, rest, steps, groups)
     else:
         y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
     shape = (-1, *[1] * dims)
-    y = _max_out(y if factor is None else y * factor.reshape(shape).to(y.dtype), max_out, 1)
+    y = _max_out(y, max_out, 1)
     if not _is_linear(b):
         with _precisely(x):
             if energy is None:
@@ -311,21 +310,19 @@ def unit_norm(weight: Tensor) -> Tensor:
 
 def _filters(
     weight: Tensor, normalize_weight: bool, b: float | Tensor, max_out: int, way: _passes.Way
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The filters to compute with; what to multiply their responses with; whose norms the scaling divides by.
+) -> tuple[Tensor, Tensor | None]:
+    """The filters to compute with, and those by whose norms the responses are to be divided later.
 
     Filters may be many times larger than their responses: to divide responses by their norms needs one pass over them,
     to divide them needs three.
     """
     if not normalize_weight:
-        return weight, None, None
+        return weight, None
     if way is not None and max_out == 1 and _is_squared(b):
-        return weight, None, weight
-    if torch.compiler.is_compiling() and _passes.is_precise(weight):  # half precision has no room for what is tiny
-        return weight, _passes.inverse_norm(weight).flatten(), None
+        return weight, weight
     if way is None:
-        return unit_norm(weight), None, None
-    return _passes.unit(weight.detach() if way == "constants" else weight), None, None
+        return unit_norm(weight), None
+    return _passes.unit(weight.detach() if way == "constants" else weight), None
 
 
 def _energy(x: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,207 @@
+"""Which networks `bcosify` converts: one small member of every model family of timm, and torchvision's classifiers.
+
+    python benchmarks/coverage.py [--only PATTERN] [--variants]
+
+A family is a module of timm's models; its member is the one with the fewest parameters, as timm's registry tells it.
+Each is built with fresh weights, converted by the default configuration, its uncentred norms are given the statistics
+of one batch, so that the signal arrives, and then explained and audited: the graph (no operation that is not linear),
+the numbers (derivative of W(x) exactly 0), completeness in single precision, W(x) finite and not 0. `exact` is the
+difference between the logits of the network and of its conversion with exponent 1 and biases kept. `--variants` goes
+through further networks with unusual parts. Writes `docs/coverage.md` and `.json`.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from rich.progress import track
+from timm.models import _registry
+from torch import Tensor, nn
+
+import bcoskit
+from bcoskit._audit import weights_gradient
+from bcoskit.convert import BcosConfig, bcosify
+from bcoskit.nn import AllNorm, BatchNorm
+
+DOCS = Path(__file__).parent.parent / "docs"
+VARIANTS = (
+    "resnet50_gn resnetv2_50x1_bit resnetv2_50d_frn resnetv2_50d_evos resnet10t resnet26t seresnet50 ecaresnet26t "
+    "resnetblur18 resnetaa50 skresnet18 resnest14d gcresnet50t lambda_resnet26t halonet26t botnet26t_256 "
+    "lamhalobotnet50ts_256 convnextv2_atto convnext_atto_rms poolformerv2_s12 mobilevitv2_050 efficientvit_l1 "
+    "efficientnet_cc_b0_4e mixnet_s tf_mixnet_s nf_resnet26 nf_regnet_b0 dm_nfnet_f0 eca_nfnet_l0 "
+    "eva02_tiny_patch14_224 vit_tiny_r_s16_p8_224 vit_base_patch16_rope_224 resnet50_clip swinv2_cr_tiny_224 "
+    "cs3darknet_focus_s regnetz_b16 vit_small_patch16_dinov3 deit_tiny_distilled_patch16_224 xception41p "
+    "repvgg_a0 vgg11_bn"
+).split()
+
+
+def families() -> dict[str, str]:
+    """From each family to its member with the fewest parameters."""
+    found: dict[str, str] = {}
+    for family in sorted(_registry._module_to_models):
+        sizes: list[tuple[int, str]] = []
+        for name in sorted(_registry._module_to_models[family]):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except Exception:  # some cannot be built without values
+                continue
+            sizes.append((sum(parameter.numel() for parameter in model.parameters()), name))
+        if sizes:
+            found[family] = min(sizes)[1]
+    return found
+
+
+def torchvision_members() -> dict[str, str]:
+    """The smallest classifier of each of torchvision's families."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        builder: Any = torchvision.models.get_model_builder(name)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in builder().parameters())
+        family = builder.__module__.rpartition(".")[2]
+        found[family] = min(found.get(family, (sys.maxsize, "")), (size, name))
+    return {f"torchvision {family}": f"torchvision/{name}" for family, (_, name) in found.items()}
+
+
+def built(name: str) -> tuple[nn.Module, int]:
+    """A network with weights that let every branch be seen, and the side of its images."""
+    torch.manual_seed(0)
+    if name.startswith("torchvision/"):
+        options = {"init_weights": True} if name.endswith(("googlenet", "inception_v3")) else {}
+        model = torchvision.models.get_model(name.partition("/")[2], num_classes=10, **options)
+        return _awake(model.eval()), 96
+    model = timm.create_model(name, num_classes=10).eval()
+    side = int(model.pretrained_cfg["input_size"][-1])
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        for smaller in (64, 96, 128, 160, 192):
+            try:
+                with torch.no_grad():
+                    model(torch.rand(1, 3, smaller, smaller))
+            except Exception:  # not this size
+                continue
+            return _awake(model), min(side, smaller)
+    return _awake(model), side
+
+
+def _awake(model: nn.Module) -> nn.Module:
+    """Weights that start at 0 or nearly so, such as scales of branches, hide what they multiply."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if float(parameter.abs().max()) < 1e-3:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def _normalized(model: nn.Module, images: Tensor) -> Tensor:
+    configuration: Any = getattr(model, "pretrained_cfg", None)
+    if not configuration:
+        return images
+    mean, std = (images.new_tensor(configuration[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+def _calibrated(model: nn.Module, x: Tensor) -> None:
+    """Give running statistics to uncentred norms, by one batch."""
+    norms = [module for module in model.modules() if isinstance(module, (AllNorm, BatchNorm))]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+    for norm in norms:
+        norm.eval()
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One row of the table."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"model": name, "problem": None}
+    try:
+        model, side = built(name)
+        images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+        row["side"] = side
+        with torch.no_grad():
+            expected = model(_normalized(model, images))
+            exact = bcosify(model, BcosConfig.preset("exact"))(bcoskit.encode(images))
+        row["exact"] = float((exact - expected).abs().max() / expected.abs().max())
+        del exact
+        converted = bcosify(model, inplace=True)
+        row["bypassed"] = len(converted.conversion.of("bypassed"))
+        row["left"] = len(converted.conversion.of("left"))
+        x = bcoskit.encode(images)
+        _calibrated(converted, x)
+        explanation = bcoskit.explain(converted, x[:1], shares=True)
+        assert explanation.residual is not None
+        row["residual"] = float(explanation.residual.abs().max())
+        row["largest"] = float(explanation.weights.abs().max())
+        row["numeric"] = weights_gradient(converted, x[:1])
+        row["passed"] = row["numeric"] == 0 and row["residual"] <= 1e-4 and row["largest"] > 0
+    except Exception as error:  # what keeps a network from being converted is the result
+        row["problem"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        row["passed"] = False
+    row["seconds"] = time.perf_counter() - start
+    gc.collect()
+    return row
+
+
+def table(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The rows in Markdown."""
+    passed = sum(row["passed"] for row in rows.values())
+    lines = [f"## {title}: {passed} of {len(rows)}", ""]
+    lines += [
+        "| family | member | exact start | residual | numeric | bypassed | passed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family, row in rows.items():
+
+        def number(key: str, row: dict[str, Any] = row) -> str:
+            return "-" if row.get(key) is None else f"{row[key]:.0e}" if row[key] else "0"
+
+        outcome = "yes" if row["passed"] else f"no: {row['problem'] or 'the figures'}"
+        cells = (family, f"`{row['model']}`", number("exact"), number("residual"), number("numeric"))
+        lines.append(f"| {' | '.join(cells)} | {row.get('bypassed', '-')} | {outcome} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="pattern of families")
+    parser.add_argument("--variants", action="store_true")
+    options = parser.parse_args()
+    groups = {"Families": families() | torchvision_members()}
+    if options.variants:
+        groups["Variants"] = {name: name for name in VARIANTS}
+    console = Console(width=180, stderr=True)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for title, members in groups.items():
+        chosen = {family: name for family, name in members.items() if fnmatchcase(family, options.only)}
+        results[title] = {}
+        for family, name in track(chosen.items(), title, console=console, transient=True):
+            results[title][family] = measured(name)
+            row = results[title][family]
+            if not row["passed"]:
+                console.print(f"{family} {name}: {row['problem'] or row}", markup=False, highlight=False)
+    lines = ["# Which networks can be converted", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]
+    for title, rows in results.items():
+        lines += table(title, rows)
+    lines.append(f"`python benchmarks/coverage.py {' '.join(sys.argv[1:])}`".replace(" `", "`"))
+    lines[-1] += f"; torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}."
+    if options.only == "*":
+        (DOCS / "coverage.md").write_text("\n".join(lines) + "\n")
+        (DOCS / "coverage.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
