@@ -71,7 +71,7 @@ def _loaded(name: str, weights: str | None) -> tuple[nn.Module, ImageTransform]:
     known = name.removeprefix(_TIMM)
     if not timm.is_model(known):
         raise ValueError(f"`model` (={name!r}): timm has no network of that name")
-    network = timm.create_model(known)
+    network: Any = timm.create_model(known)
     configuration: dict[str, Any] = network.pretrained_cfg
     size = int(configuration["input_size"][-1])
     mean, std = tuple(configuration["mean"]), tuple(configuration["std"])
