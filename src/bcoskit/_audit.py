@@ -8,6 +8,7 @@ of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plu
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -107,17 +108,20 @@ def _interacting(network: nn.Module, x: Tensor) -> Iterator[Violation]:
     """The first module whose output for a sample is another one when there are other samples beside it."""
     pair = torch.cat([x[:1], x[:1].flip(-1) if len(x) == 1 else x[1:2]])
     together, alone = (_outputs(network, inputs) for inputs in (pair, x[:1]))
-    for (path, kind, place, both), (_, _, _, one) in zip(together, alone, strict=False):
-        if both.shape[1:] == one.shape[1:] and len(both) == 2 * len(one):
-            first = both[: len(one)]
-            if not bool((first - one).abs().max() <= _INTERACTION * one.abs().max()):
-                reason = "makes each output depend on the other samples of the batch"
-                yield Violation("", kind, place, path, reason)
-                return
+    for (path, kind, place, both), entry in zip_longest(together, alone[: len(together)]):
+        one = None if entry is None else entry[3]  # None where one sample alone raises
+        if one is not None and (both.shape[1:] != one.shape[1:] or len(both) != 2 * len(one)):
+            continue
+        if one is None or not bool((both[: len(one)] - one).abs().max() <= _INTERACTION * one.abs().max()):
+            yield Violation("", kind, place, path, "makes each output depend on the other samples of the batch")
+            return
 
 
 def _outputs(network: nn.Module, x: Tensor) -> list[tuple[str, str, str, Tensor]]:
-    """The outputs of all modules, in the order in which they end: paths, classes, places of their code, outputs."""
+    """The outputs of all modules, in the order in which they end: paths, classes, places of their code, outputs.
+
+    If the network raises, those of the modules that have ended before.
+    """
     found: list[tuple[str, str, str, Tensor]] = []
     places = Places(network)
     handles: list[Any] = []
@@ -135,6 +139,8 @@ def _outputs(network: nn.Module, x: Tensor) -> list[tuple[str, str, str, Tensor]
     try:
         with torch.no_grad():
             network(x.clone())
+    except Exception:  # what has ended before tells where
+        pass
     finally:
         for handle in handles:
             handle.remove()
