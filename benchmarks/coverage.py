@@ -24,7 +24,6 @@ import torch
 import torchvision
 from rich.console import Console
 from rich.progress import track
-from timm.models import _registry
 from torch import Tensor, nn
 
 import bcoskit
@@ -47,9 +46,9 @@ VARIANTS = (
 def families() -> dict[str, str]:
     """From each family to its member with the fewest parameters."""
     found: dict[str, str] = {}
-    for family in sorted(_registry._module_to_models):
+    for family in track(timm.list_modules(), "sizes", console=Console(stderr=True), transient=True):
         sizes: list[tuple[int, str]] = []
-        for name in sorted(_registry._module_to_models[family]):
+        for name in timm.list_models(module=family):
             try:
                 with torch.device("meta"):
                     model = timm.create_model(name)
