@@ -120,21 +120,15 @@ def _scale(y: Tensor, reciprocal: Tensor, inverse: Tensor | None, axis: int) -> 
     return y
 
 
-def cosine_of(y: Tensor, reciprocal: Tensor, weight: Tensor | None, axis: int) -> Tensor:
-    """What `scaled` multiplies `y` with, without a derivative."""
+def cosine_of(y: Tensor, reciprocal: Tensor, axis: int) -> Tensor:
+    """What `scaled` multiplies `y` with, without a derivative, for filters of unit norm."""
     cosine = y.detach().abs()
-    inverse = None if weight is None else _constant_inverse_norm(weight.detach())
     if cosine.numel() <= _PART and reciprocal.shape[axis] in (1, y.shape[axis]):
-        maps, factor = ((cosine, reciprocal),), None if inverse is None else _per_channel(inverse, y, axis)
-    else:
-        if not (cosine.is_contiguous() or cosine.movedim(axis, -1).is_contiguous()):
-            cosine = cosine.contiguous()
-        parts = Parts(cosine, axis, reciprocal.shape[axis])
-        maps, factor = parts.cut(cosine, reciprocal), None if inverse is None else parts.per_channel(inverse)
-    for part, of_patch in maps:
+        return cosine.mul_(reciprocal)
+    if not (cosine.is_contiguous() or cosine.movedim(axis, -1).is_contiguous()):
+        cosine = cosine.contiguous()
+    for part, of_patch in Parts(cosine, axis, reciprocal.shape[axis]).cut(cosine, reciprocal):
         part.mul_(of_patch)
-        if factor is not None:  # once for the cosine and once for the response, since a square may overflow
-            part.mul_(factor).mul_(factor)
     return cosine
 
 

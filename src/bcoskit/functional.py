@@ -314,11 +314,12 @@ def _filters(
     """The filters to compute with, and those by whose norms the responses are to be divided later.
 
     Filters may be many times larger than their responses: to divide responses by their norms needs one pass over them,
-    to divide them needs three.
+    to divide them needs three. Explanations have filters of unit norm all the same, as the authors' have: in single
+    precision W(x) is then rounded as theirs is.
     """
     if not normalize_weight:
         return weight, None
-    if way is not None and max_out == 1 and _is_squared(b):
+    if way == "derivatives" and max_out == 1 and _is_squared(b):
         return weight, weight
     if way is None:
         return unit_norm(weight), None
@@ -406,7 +407,7 @@ def _scaled(
     """
     if way is not None and _is_squared(b):
         if way == "constants":
-            return y * _passes.cosine_of(y, reciprocal, weight, axis)
+            return y * _passes.cosine_of(y, reciprocal, axis)
         return _passes.scaled(y, reciprocal, weight, axis)
     groups = reciprocal.shape[axis]
     if groups in (1, y.shape[axis]):
