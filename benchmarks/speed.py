@@ -267,26 +267,26 @@ def main() -> int:
         for dtype in options.dtypes
     ]
     console = Console(width=150)
-    rows: list[dict[str, Any]] = []
-    for setting in track(settings, "settings", console=Console(stderr=True), transient=True):
-        torch.compiler.reset()
-        rows += measured(setting, options.batch, options.rounds)
-    results = {
+    results: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
         "batch": options.batch,
         "rounds": options.rounds,
-        "rows": rows,
+        "rows": [],
     }
+    for setting in track(settings, "settings", console=Console(stderr=True), transient=True):
+        torch.compiler.reset()
+        results["rows"] += measured(setting, options.batch, options.rounds)
+        if options.check is None:  # what is measured outlives an interruption
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+            (options.out / f"{options.name}.md").write_text(markdown(results))
     console.print(markdown(results), highlight=False, markup=False)
     if options.check is not None:
-        found = slower(json.loads(options.check.read_text())["rows"], rows)
+        found = slower(json.loads(options.check.read_text())["rows"], results["rows"])
         console.print("\n".join(found) if found else "nothing got slower", highlight=False, markup=False)
         return int(bool(found))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{options.name}.md").write_text(markdown(results))
     return 0
 
 

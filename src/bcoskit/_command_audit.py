@@ -2,12 +2,13 @@
 
 import json as json_module
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bcoskit._audit import AuditReport, audit
 from bcoskit.convert import BcosConfig, bcosify
@@ -16,7 +17,6 @@ from bcoskit.dynamic import ProductPolicy
 from bcoskit.models import create_model
 
 _WIDTH = 160  # of a table that goes to a file
-_TIMM = "timm/"
 
 
 def audit_model(
@@ -44,10 +44,12 @@ def audit_model(
     Raises:
         ValueError: If there is no such network, file or image, or the network's signal has died.
     """
-    network, transform = _loaded(model, weights)
+    fresh = weights is None and model.startswith("timm/")
+    network: Any = create_model(model, weights=weights or not fresh)
+    transform = network.transform
     if convert is not None:
-        network = bcosify(network.eval(), BcosConfig.preset(convert), inplace=True)
-        transform = ImageTransform(transform.size, transform.resize, transform.interpolation)
+        network = bcosify(network, BcosConfig.preset(convert), inplace=True)
+        transform = replace(transform, encoding="bcos")
     report = audit(network.eval(), _input(transform, image), products=products)
     figures = _figures(model, report)
     console = Console()
@@ -58,24 +60,6 @@ def audit_model(
             console.width = _WIDTH
         _print(console, figures)
     return 0 if report.passed else 1
-
-
-def _loaded(name: str, weights: str | None) -> tuple[nn.Module, ImageTransform]:
-    if not name.startswith(_TIMM):
-        network = create_model(name, weights=True if weights is None else weights)
-        return network, network.transform
-    if weights is not None:
-        raise ValueError(f"`weights` (={weights!r}) cannot be loaded into {name!r}: give a file of a network by name")
-    import timm
-
-    known = name.removeprefix(_TIMM)
-    if not timm.is_model(known):
-        raise ValueError(f"`model` (={name!r}): timm has no network of that name")
-    network: Any = timm.create_model(known)
-    configuration: dict[str, Any] = network.pretrained_cfg
-    size = int(configuration["input_size"][-1])
-    mean, std = tuple(configuration["mean"]), tuple(configuration["std"])
-    return network, ImageTransform(size, encoding="normalized", mean=mean, std=std)
 
 
 def _input(transform: ImageTransform, image: str | None) -> Tensor:

@@ -1,6 +1,7 @@
 """The command line: each subcommand calls one public function, whose signature defines its options."""
 
 import inspect
+import keyword
 import os
 import sys
 import warnings
@@ -56,16 +57,25 @@ def _models() -> Callable[..., int]:
 
 
 def _train() -> Callable[..., dict[str, float]]:
+    return _training().train
+
+
+def _align() -> Callable[..., dict[str, float]]:
+    return _training().align
+
+
+def _training() -> Any:
     try:
-        from bcoskit.training import train
+        from bcoskit import training
     except ModuleNotFoundError as error:
         raise ImportError(f"training needs {error.name}: pip install 'bcoskit[train]'") from error
-    return train
+    return training
 
 
 COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
-    "train": Command("Train a network on images.", _train, configurable=True),
+    "train": Command("Train a network on images, or fine-tune a converted one.", _train, configurable=True),
+    "align": Command("Convert a network; it learns from the original, without labels.", _align, configurable=True),
     "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),
     "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
 }
@@ -128,6 +138,8 @@ def _run(arguments: list[str]) -> int:
         return int(stop.code or 0)
     values = dict(vars(options))
     values.pop("config", None)
+    # An option may go by a word that Python keeps for itself.
+    values = {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
     with warnings.catch_warnings():
         # Of damaged images, which get a line of their own.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -161,6 +173,11 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
         parser.add_argument(positional, help=helps[positional], **options)
         special.add(positional)
     for parameter in parameters.values():
+        if keyword.iskeyword(parameter.name.removesuffix("_")):
+            option = f"--{parameter.name.removesuffix('_')}"
+            kind: Any = parameter.annotation
+            parser.add_argument(option, type=kind, default=parameter.default, help=helps[parameter.name])
+            special.add(parameter.name)
         if parameter.annotation is bool:
             switch = ActionYesNo(no_prefix="no_")
             parser.add_argument(

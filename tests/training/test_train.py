@@ -18,9 +18,9 @@ from PIL import Image
 from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model
-from bcoskit.training import _run, train
+from bcoskit.training import _engine, train
+from bcoskit.training._engine import EpochShuffle
 from bcoskit.training._module import Classifier, seeded
-from bcoskit.training._run import EpochShuffle
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BCOS, STANDARD = "resnet20.bcos_cifar10", "resnet20.standard_cifar10"
@@ -459,7 +459,7 @@ class TestNoise:
         levels = [logging.getLogger(f"lightning.{part}").level for part in ("pytorch", "fabric")]
         assert self.said(data, tmp_path / "quiet") == []
         assert [logging.getLogger(f"lightning.{part}").level for part in ("pytorch", "fabric")] == levels
-        monkeypatch.setattr(_run, "_quiet", nullcontext)
+        monkeypatch.setattr(_engine, "_quiet", nullcontext)
         loud = " ".join(self.said(data, tmp_path / "loud"))
         assert "GPU available" in loud
         assert "exists and is not empty" in loud

@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bcoskit.convert._config import BcosConfig
-from bcoskit.convert._input import PairedInput, normalization, widen
+from bcoskit.convert._input import PairedInput, normalization, widen, with_constants
 from bcoskit.convert._probe import Probe, probe, probe_any
 from bcoskit.convert._report import ConversionReport, ConvertedModule
 from bcoskit.convert._rules import RULES, Rule, rule_for
@@ -59,10 +60,10 @@ def bcosify(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     config = BcosConfig() if config is None else config
     if not inplace:
-        return _converted(copy.deepcopy(model), config, tuple(rules), tuple(skip), example)
+        return _around(copy.deepcopy(model), config, tuple(rules), tuple(skip), example)
     before = [(module, module.__class__, _contents(module)) for module in model.modules()]
     try:
-        return _converted(model, config, tuple(rules), tuple(skip), example)
+        return _around(model, config, tuple(rules), tuple(skip), example)
     except BaseException:
         for module, kind, contents in before:
             module.__class__ = kind
@@ -85,6 +86,8 @@ def _converted(
             "`model` takes no image of a usual size: give an `example` of its input, or `encode=False` for inputs that "
             "are no images"
         )
+    if seen is not None and seen.example.ndim > 1:
+        config = with_constants(config, model, seen.example.shape[1])
     notes = list[ConvertedModule]()
     classifier = None if seen is None else _classifier(model, config, seen, notes)
     walk = _Walk(config, (*rules, *RULES), skip, notes)
@@ -96,8 +99,27 @@ def _converted(
     network = root if not config.encode or seen is None else _with_pairs(root, config, seen, notes)
     if seen is not None:
         notes = _with_bypassed(network, config, seen, notes)
-    setattr(network, "conversion", ConversionReport(tuple(notes)))  # noqa: B010 - no module
+    setattr(network, "conversion", ConversionReport(config, tuple(notes), skip, bool(rules)))  # noqa: B010 - no module
     return network
+
+
+def _around(
+    model: Any, config: BcosConfig, rules: tuple[Rule, ...], skip: tuple[str, ...], example: Tensor | None
+) -> nn.Module:
+    """A conversion of the part of a network by name that is to be converted, and what it has to know of that."""
+    part = getattr(model, "converted_part", "")
+    if part:
+        config = with_constants(config, model, model.in_chans)
+    inner = _converted(model.get_submodule(part), config, rules, skip, example)
+    if part:
+        model.set_submodule(part, inner)
+        model.conversion = inner.conversion
+    elif inner is not model:  # a network behind another input
+        return inner
+    told = getattr(model, "on_converted", None)
+    if told is not None:
+        told(partial(bcosify, config=config, rules=rules, skip=skip, example=example, inplace=True))
+    return model
 
 
 def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
@@ -173,7 +195,7 @@ class _Walk:
 def _with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> nn.Module:
     """The network with an input of pairs: by wider first layers, or behind a step if that does not work."""
     channels, dimensions = seen.example.shape[1], seen.example.ndim - 2
-    normalize = normalization(root, config, channels, dimensions)
+    normalize = normalization(config, channels, dimensions)
     readers = _readers(root, seen)
     if readers:
         before = [(module, _contents(module)) for module in root.modules()]

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,21 +13,38 @@ from bcoskit.convert._layers import StandardizedConv2d
 from bcoskit.nn import Normalize
 
 
-def normalization(model: nn.Module, config: BcosConfig, channels: int, dimensions: int) -> Normalize:
+def normalization(config: BcosConfig, channels: int, dimensions: int) -> Normalize:
     """The step that makes `(z, -z)` of `[x, 1 - x]`, with the normalised image `z = (x - mean) / std`.
 
     Raises:
         ValueError: If the configuration's constants are for another number of channels.
     """
-    configuration: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = config.mean, config.std
-    if mean is None or std is None:
-        known = len(configuration.get("mean") or ()) == len(configuration.get("std") or ()) == channels
-        mean = tuple(configuration["mean"]) if known else (0.0,) * channels
-        std = tuple(configuration["std"]) if known else (1.0,) * channels
+    assert mean is not None and std is not None
     if len(mean) != channels:
         raise ValueError(f"`mean` (={mean}) must have one value for each of the network's {channels} input channels")
     return Normalize((*mean, *(1 - value for value in mean)), (*std, *std), dimensions)
+
+
+def with_constants(config: BcosConfig, model: nn.Module, channels: int) -> BcosConfig:
+    """The configuration with mean and standard deviation: its own, those that the network says it needs, or none."""
+    if config.mean is not None or not config.encode:
+        return config
+    mean, std = _constants_of(model)
+    if not len(mean) == len(std) == channels:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    return replace(config, mean=mean, std=std)
+
+
+def _constants_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a network by name, or one of timm, says it needs."""
+    transform: Any = getattr(model, "transform", None)
+    if getattr(transform, "encoding", None) == "normalized":
+        return transform.mean, transform.std
+    configuration: Any = getattr(model, "pretrained_cfg", None)
+    if configuration:
+        return tuple(configuration.get("mean") or ()), tuple(configuration.get("std") or ())
+    return (), ()
 
 
 def widen(model: nn.Module, readers: Sequence[str], normalize: Normalize) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from bcoskit.convert._config import BcosConfig
+
 
 @dataclass(frozen=True)
 class ConvertedModule:
@@ -31,10 +33,16 @@ class ConversionReport:
     """What became of the modules of a network; printed, it is a table.
 
     Attributes:
+        config: What was to be made of the network.
         modules: One row per module.
+        skip: The patterns of what was to stay as it is.
+        has_own_rules: Whether rules were given that are not those of the package.
     """
 
+    config: BcosConfig
     modules: tuple[ConvertedModule, ...]
+    skip: tuple[str, ...] = ()
+    has_own_rules: bool = False
 
     def of(self, outcome: str) -> tuple[ConvertedModule, ...]:
         """The modules with one outcome."""

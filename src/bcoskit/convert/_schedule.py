@@ -1,7 +1,15 @@
-"""The exponent of a network that is being converted gradually."""
+"""The exponent of a converted network, and the gradual conversion, in which it and the biases move while one trains."""
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from bcoskit.convert._bcosify import bcosify
+from bcoskit.convert._config import BcosConfig
 from bcoskit.nn._base import BcosArguments
 
 
@@ -22,7 +30,7 @@ def set_b(model: nn.Module, b: float) -> nn.Module:
     """
     if not 1 <= b < float("inf"):
         raise ValueError(f"`b` (={b}) must be a finite exponent of at least 1")
-    layers = [module for module in model.modules() if isinstance(module, BcosArguments)]
+    layers = _layers_of(model)
     if not layers:
         raise ValueError("`model` has no B-cos layer whose exponent could be set")
     for layer in layers:
@@ -31,3 +39,95 @@ def set_b(model: nn.Module, b: float) -> nn.Module:
         else:
             layer.b = float(b)
     return model
+
+
+class GradualConversion:
+    """A conversion that begins where the ordinary network is, and moves to the B-cos network while one trains.
+
+    At progress 0 all exponents are 1 and all biases are there, so that the logits are those of the ordinary network,
+    but for what changes at once: max pools that become average pools, activations that are dropped. At progress `p` in
+    [0, 1] exponents are `1 + p · (b - 1)` and biases `1 - p` times their first values (options of the
+    implementation of Arya et al., NeurIPS 2024, which moves the exponent alone).
+
+        gradual = GradualConversion(model, BcosConfig(b=2.0))
+        for step in range(steps):
+            gradual.set(step / steps)
+            ...  # a step of training of gradual.model
+        network = gradual.finish()
+
+    Args:
+        model: The ordinary network; it is not changed.
+        config: What it is to become.
+        skip: As of `bcosify`.
+
+    Attributes:
+        model: The network that is trained. Biases that are to vanish and exponents do not require gradients.
+        progress: Where it is.
+
+    Raises:
+        ValueError: As `bcosify`.
+    """
+
+    def __init__(self, model: nn.Module, config: BcosConfig | None = None, *, skip: Sequence[str] = ()) -> None:
+        config = BcosConfig() if config is None else config
+        self._target: Any = bcosify(model, config, skip=skip)
+        start = replace(config, b=1.0, biases="keep", learnable_b=False)
+        self.model: Any = bcosify(model, start, skip=skip)
+        self.progress = 0.0
+        self._b = config.b
+        self._finished = False
+        staying = {name for name, _ in self._target.named_parameters()}
+        self._fading = [name for name, _ in self.model.named_parameters() if name not in staying]
+        for name in self._fading:
+            self.model.get_parameter(name).requires_grad_(False)
+        for layer in self._layers():  # as tensors, whose values may change in a compiled network
+            layer.b = nn.Parameter(torch.ones_like(layer.weight[:1].flatten()[0]), requires_grad=False)
+
+    def set(self, progress: float) -> None:
+        """Move the network.
+
+        Args:
+            progress: From where it is to 1, the B-cos network.
+
+        Raises:
+            ValueError: If it is below that, above 1, or the conversion is finished.
+        """
+        if self._finished or not self.progress <= progress <= 1:
+            end = "the conversion is finished" if self._finished else f"must be between {self.progress} and 1"
+            raise ValueError(f"`progress` (={progress}): {end}")
+        if progress == self.progress:
+            return
+        factor = (1 - progress) / (1 - self.progress)
+        with torch.no_grad():
+            for name in self._fading:
+                self.model.get_parameter(name).mul_(factor)
+        set_b(self.model, 1 + progress * (self._b - 1))
+        self.progress = progress
+
+    def finish(self) -> Any:
+        """Make the network what `bcosify` would have made of it, with the weights that it has by now.
+
+        Returns:
+            The network, `model` itself: biases are gone, exponents are numbers, or learnable.
+        """
+        if self._finished:
+            return self.model
+        self._finished, self.progress = True, 1.0
+        for name in self._fading:
+            path, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(path), attribute, None)
+        for layer, wanted in zip(self._layers(), _layers_of(self._target), strict=True):
+            del layer.b
+            layer.b = copy.deepcopy(wanted.b)
+        for part, wanted in zip(self.model.modules(), self._target.modules(), strict=True):
+            for attribute in ("conversion", "rebuild"):
+                if attribute in wanted.__dict__:
+                    part.__dict__[attribute] = wanted.__dict__[attribute]
+        return self.model
+
+    def _layers(self) -> list[Any]:
+        return _layers_of(self.model)
+
+
+def _layers_of(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BcosArguments)]

@@ -4,20 +4,16 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bcoskit._text import printable
+from bcoskit.models._hub_files import WEIGHTS, hub_file, reach, reason
 from bcoskit.models._network import Network
 from bcoskit.models._registry import create_model, save_model
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-_WEIGHTS, _CARD = "model.safetensors", "README.md"
+_CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_SECONDS = 10  # until the hub must have answered
 _LISTED_CLASSES = 20
 
 
@@ -42,7 +38,7 @@ def save_pretrained(
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_model(model, folder / _WEIGHTS, training=training, half=half)
+        save_model(model, folder / WEIGHTS, training=training, half=half)
     except BaseException:
         if is_new:
             folder.rmdir()
@@ -86,11 +82,11 @@ def push_to_hub(
         save_pretrained(model, folder, training=training, half=half)
         try:
             api = HfApi(token=token, library_name="bcoskit")
-            _reach(api, repo_id)
+            reach(api, repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
         except Exception as error:  # the hub's client and what it stands on have many kinds
-            raise ConnectionError(f"{repo_id} cannot be uploaded to the hub: {_reason(error)}") from error
+            raise ConnectionError(f"{repo_id} cannot be uploaded to the hub: {reason(error)}") from error
 
 
 def from_pretrained(
@@ -119,9 +115,9 @@ def from_pretrained(
     if text and Path(text).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` (={revision!r}) must be None: {text} is a folder")
-        return create_model(Path(text) / _WEIGHTS, num_classes=num_classes)
+        return create_model(Path(text) / WEIGHTS, num_classes=num_classes)
     _check_repository(text)
-    return create_model(_downloaded(text, revision, token), num_classes=num_classes)
+    return create_model(hub_file(text, revision, token), num_classes=num_classes)
 
 
 def model_card(model: Network, training: Mapping[str, Any]) -> str:
@@ -172,36 +168,6 @@ def model_card(model: Network, training: Mapping[str, Any]) -> str:
     )
 
 
-def _downloaded(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """The file of weights of a repository, or what there is of it in the hub's cache if the hub cannot be reached."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    options: Any = {"revision": revision, "token": token, "library_name": "bcoskit"}
-    try:
-        _reach(HfApi(token=token), repo_id)
-        return Path(hf_hub_download(repo_id, _WEIGHTS, etag_timeout=_SECONDS, **options))
-    except HfHubHTTPError as error:  # it was reached, and refuses
-        raise ConnectionError(f"{repo_id} cannot be had from the hub: {_reason(error)}") from error
-    except Exception as error:  # what the hub's client stands on has many kinds
-        try:
-            return Path(hf_hub_download(repo_id, _WEIGHTS, local_files_only=True, **options))
-        except Exception:
-            raise ConnectionError(f"{repo_id} cannot be had from the hub: {_reason(error)}") from error
-
-
-def _reach(api: "HfApi", repo_id: str) -> None:
-    """Ask the hub for something small, since the rest would try again for minutes where there is no network."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    with suppress(RepositoryNotFoundError):  # what follows tells more of it, or makes it
-        api.model_info(repo_id, timeout=_SECONDS)
-
-
 def _check_repository(name: str) -> None:
     if not _REPOSITORY.fullmatch(name):
         raise ValueError(f"{name!r:.200} is neither a folder nor the name of a repository, `user/name`")
-
-
-def _reason(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"

@@ -76,8 +76,10 @@ def match(container: Container, network: Network, prefix: str, *, fresh: tuple[s
     optional = network.optional_path
     if optional is not None and not any(_inside(names.get(key, ""), (optional,)) for key in stripped):
         fresh = (*fresh, optional)
-    missing = [key for key, ours in names.items() if key not in stripped and not _inside(ours, fresh)]
-    tensors: dict[str, Tensor] = {}
+    absent = {key: ours for key, ours in names.items() if key not in stripped and not _inside(ours, fresh)}
+    # Files from before torch 0.4.1 have no such counters, which torch's own layers then take for 0.
+    tensors = {ours: torch.zeros_like(expected[ours], device="cpu") for ours in absent.values() if _is_counter(ours)}
+    missing = [key for key, ours in absent.items() if not _is_counter(ours)]
     faults = [_listed("lacks weights", missing), _listed("has unknown weights", unknown)]
     for key, ours in names.items():
         if key in stripped and not _inside(ours, fresh):
@@ -115,6 +117,10 @@ def _best_names(
             if count > known:
                 best, known = (stripped, names, strip), count
     return best
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith(".num_batches_tracked")
 
 
 def _inside(key: str, paths: tuple[str, ...]) -> bool:

@@ -1,16 +1,19 @@
 """What all networks with a name share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from re import Match
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageTransform
-from bcoskit.models._building import WithoutValues
+
+if TYPE_CHECKING:
+    from bcoskit.convert import ConversionReport
 
 # He et al., ICCV 2015, by the fan-out.
 by_fan_out = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
@@ -32,6 +35,8 @@ class Network(nn.Module):
         initialize_filter: Fills the filters of a convolution, where the paper does it in another way than torch.
         classifier_path: Path of the last layer, which `reset_classifier` replaces.
         fused: Whether `bcoskit.fuse` has made it.
+        conversion: What `bcoskit.bcosify` has made of it, None if it was not converted.
+        converted_part: Path of what is to be converted, if that is not all of it.
         optional_path: Path of a part that only training needs, and that files of weights may lack.
     """
 
@@ -47,6 +52,8 @@ class Network(nn.Module):
     in_chans: int
     rebuild: Callable[[int], nn.Module]
     fused: bool = False
+    conversion: "ConversionReport | None" = None
+    converted_part: ClassVar[str] = ""
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -83,8 +90,7 @@ class Network(nn.Module):
             raise ValueError("only a network that `create_model` has made knows how its classifier is made")
         if self.fused:
             raise ValueError("a fused network has no classifier to reset: reset that of the original")
-        with WithoutValues():
-            fresh = self.rebuild(num_classes)
+        fresh = self.rebuild(num_classes)
         parameter = next(self.parameters())
         for path in (self.classifier_path, self.optional_path):
             if path is not None:
@@ -92,6 +98,14 @@ class Network(nn.Module):
                 self.set_submodule(path, self.materialize(part, parameter.device))
         self.num_classes = num_classes
         self.classes = tuple(str(index) for index in range(num_classes))
+
+    def on_converted(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """Called by `bcosify`, which has made this a B-cos network; `convert` does the same to another one."""
+        self.in_chans *= 2
+        if hasattr(self, "rebuild"):  # not while it is being built
+            self.transform = replace(self.transform, encoding="bcos")
+            self.loss = "bce"
+            self.rebuild = partial(_rebuilt_and_converted, self.rebuild, convert)
 
     def get_classifier(self, name_only: bool = False) -> Any:
         """The last layer, or its path."""
@@ -146,3 +160,10 @@ class Network(nn.Module):
     def from_authors(self, key: str, tensor: Tensor) -> Tensor:
         """A weight of the authors' in our layout, by our key."""
         return tensor
+
+
+def _rebuilt_and_converted(
+    rebuild: Callable[[int], Any], convert: Callable[[nn.Module], nn.Module], num_classes: int
+) -> nn.Module:
+    network = rebuild(num_classes)
+    return convert(network.materialize(network, torch.device("cpu")).eval())

@@ -7,6 +7,7 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import resources
@@ -21,9 +22,10 @@ from bcoskit.data import ImageTransform
 from bcoskit.models._building import WithoutValues
 from bcoskit.models._containers import Container, WeightsError, read_container
 from bcoskit.models._download import cached
+from bcoskit.models._hub_files import hub_file, reason
 from bcoskit.models._matching import match, rows_of
 from bcoskit.models._network import Network
-from bcoskit.models._row import Checkpoint, ModelRow
+from bcoskit.models._row import TIMM, Checkpoint, ModelRow
 from bcoskit.models._rows import ROWS
 
 _LARGEST_SIDE = 10_000
@@ -48,7 +50,7 @@ def model_row(name: str) -> ModelRow:
     """What is known of a named network.
 
     Args:
-        name: One of `list_models()`.
+        name: One of `list_models()`, or `timm/NAME` for an ordinary network of timm.
 
     Returns:
         The row of the table.
@@ -56,6 +58,10 @@ def model_row(name: str) -> ModelRow:
     Raises:
         ValueError: If there is no network of that name; the message names the nearest ones.
     """
+    if name.startswith(TIMM):
+        from bcoskit.models._timm import timm_row
+
+        return timm_row(name)
     if name not in ROWS:
         near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
         hint = f"near: {', '.join(near)}" if near else "`list_models()` lists all"
@@ -76,8 +82,9 @@ def create_model(
     input and what its logits mean.
 
     Args:
-        name: One of `list_models()`, or a `.safetensors` file that `bcoskit train` or `save_model` has written:
-            it says itself which network it holds, and its weights are loaded.
+        name: One of `list_models()`; `timm/NAME` for an ordinary network of timm; or a `.safetensors` file that
+            `bcoskit train` or `save_model` has written: it says itself which network it holds, and its weights are
+            loaded.
         weights: Whether to load the trained weights of that name, which are downloaded into torch's cache if need be;
             or the URL or file of weights. A file may be a `.safetensors` file, with what it says of classes and
             transform, or one of the authors: a state dict, a training checkpoint, of which an averaged copy (EMA)
@@ -101,6 +108,8 @@ def create_model(
             raise ValueError(f"`weights` (={str(weights)!r}) must not be given: {name} is a file of weights itself")
         return _from_file(Path(name), None, num_classes, in_channels)
     row = model_row(name)
+    if weights is True and name.startswith(TIMM):
+        return _pretrained(row.with_classes(num_classes).with_channels(in_channels))
     if weights is False:
         return _filled(_skeleton(row.with_classes(num_classes).with_channels(in_channels)), {})
     path = _released(row) if weights is True else _given(weights)
@@ -143,6 +152,9 @@ def save_model(
         name = model.name if name is None else name
         classes = model.classes if classes is None else classes
         transform = model.transform if transform is None else transform
+    conversion: Any = getattr(model, "conversion", None)
+    if conversion is not None and conversion.has_own_rules:
+        raise ValueError("`model` was converted by `rules` of its own, which a file cannot hold")
     row, path = model_row(name), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
@@ -159,13 +171,16 @@ def save_model(
         "training": dict(training or {}),
         "fused": getattr(model, "fused", False),
     }
+    if conversion is not None:
+        description["conversion"] = {**asdict(conversion.config), "skip": list(conversion.skip)}
     tensors = model.state_dict()
+    if row.name.startswith(TIMM) and not isinstance(model, Network):
+        tensors = {f"model.{key}": tensor for key, tensor in tensors.items()}
     container = Container(tensors, description)
     described = _described(path, container)  # as it will be read
     if half:
         tensors = {key: _halved(tensor) for key, tensor in tensors.items()}
-    with WithoutValues():
-        fault = match(Container(tensors, {}), described.build(), row.prefix).fault
+    fault = match(Container(tensors, {}), _rebuilt(described, described.num_classes), row.prefix).fault
     if fault is not None:
         raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
     write_tensors(path, tensors, description)
@@ -206,6 +221,23 @@ def _released(row: ModelRow) -> Path:
         return path
 
 
+def _pretrained(row: ModelRow) -> Network:
+    """A network of timm with the weights that timm has for it."""
+    import timm
+
+    configuration: Any = timm.get_pretrained_cfg(row.arguments["architecture"])
+    if not configuration.has_weights:
+        raise ValueError(f"{row.name!r} has no trained weights in timm; give a file as `weights`")
+    arguments: dict[str, Any] = {"pretrained": True}
+    if configuration.hf_hub_id and not configuration.hf_hub_filename:
+        arguments["file"] = str(hub_file(configuration.hf_hub_id))
+    try:
+        return _filled(_skeleton(replace(row, arguments={**row.arguments, **arguments})), {})
+    except Exception as error:  # what timm's downloads stand on has many kinds
+        message = f"the weights of {row.name!r} cannot be had from timm ({reason(error)}); give a file as `weights`"
+        raise ConnectionError(message) from error
+
+
 def _given(weights: str | os.PathLike[str]) -> Path:
     if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
         raise TypeError(f"`weights` (={weights!r}) must be True, False, a file or a URL")
@@ -215,8 +247,7 @@ def _given(weights: str | os.PathLike[str]) -> Path:
 
 def _skeleton(row: ModelRow) -> Network:
     """The network of a row, without values."""
-    with WithoutValues():
-        network = row.build()
+    network = _rebuilt(row, row.num_classes)
     network.name, network.transform, network.classes, network.loss = row.name, row.transform, row.classes, row.loss
     network.rebuild = partial(_rebuilt, row)
     return network
@@ -234,7 +265,8 @@ def _filled(network: Network, tensors: Mapping[str, Tensor]) -> Network:
 
 
 def _rebuilt(row: ModelRow, num_classes: int) -> Network:
-    return row.build(num_classes)
+    with nullcontext() if row.needs_values else WithoutValues():
+        return row.build(num_classes)
 
 
 def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device, taken: set[int]) -> Tensor:
@@ -297,15 +329,17 @@ def _described(path: Path, container: Container) -> ModelRow:
         raise WeightsError(
             f"{path}: does not say which network it holds; give the name of the network, and the file as `weights`"
         )
-    if not isinstance(name, str) or name not in ROWS:
-        raise WeightsError(f"{path}: holds weights of an unknown network, {reprlib.repr(name)}")
+    try:
+        row = model_row(name)
+    except (AttributeError, TypeError, ValueError):
+        raise WeightsError(f"{path}: holds weights of an unknown network, {reprlib.repr(name)}") from None
     if not isinstance(classes, list) or not classes or not all(isinstance(each, str) for each in classes):
         raise WeightsError(f"{path}: its `classes` (={reprlib.repr(classes)}) must be a list of names")
     lengths = [len(tensor) for tensor in container.tensors.values() if tensor.ndim and tensor.numel()]
     if len(classes) > max(lengths, default=0):
         # Seen before a network is built, which might be far larger than the file.
         raise WeightsError(f"{path}: names {len(classes)} classes, but no weight has as many rows")
-    row = ROWS[name]
+    row = _converted(path, row, container)
     try:
         transform = _transform(container.description.get("transform"), row.transform)
     except (TypeError, ValueError, OverflowError) as error:
@@ -313,6 +347,28 @@ def _described(path: Path, container: Container) -> ModelRow:
     return replace(
         row, own_classes=tuple(classes), transform=transform, fused=container.description.get("fused") is True
     )
+
+
+def _converted(path: Path, row: ModelRow, container: Container) -> ModelRow:
+    """The row with the conversion that a file describes, after a look at whether it holds as much as that has."""
+    described = container.description.get("conversion")
+    if described is not None:
+        from bcoskit.convert import BcosConfig
+
+        try:
+            values = dict(described)
+            skip = tuple(str(pattern) for pattern in values.pop("skip", ()))
+            for key in ("mean", "std"):
+                values[key] = None if values.get(key) is None else tuple(values[key])
+            row = row.converted(BcosConfig(**values), skip)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise WeightsError(f"{path}: its `conversion` is of no use ({error})") from error
+    if row.needs_values:
+        with torch.device("meta"):
+            needed = sum(parameter.numel() for parameter in replace(row, conversion=None).build().parameters())
+        if needed > 2 * sum(tensor.numel() for tensor in container.tensors.values()):
+            raise WeightsError(f"{path}: holds far less than the weights of {row.name}")
+    return row
 
 
 def _transform(values: Any, usual: ImageTransform) -> ImageTransform:

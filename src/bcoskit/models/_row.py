@@ -3,16 +3,21 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from bcoskit._fuse import fuse
 from bcoskit.data import ImageTransform
 from bcoskit.models._network import Network
 
+if TYPE_CHECKING:
+    from bcoskit.convert import BcosConfig
+
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 Loss: TypeAlias = Literal["bce", "cross_entropy", "none"]
 Dataset: TypeAlias = Literal["in1k", "cifar10", "embedding"]
+
+TIMM = "timm/"  # before the names of networks that are timm's
 
 _NUM_CLASSES: dict[str, int] = {"in1k": 1000, "cifar10": 10, "embedding": 1024}
 
@@ -71,6 +76,8 @@ class ModelRow:
         checkpoint: Its trained weights, if there are any.
         own_classes: Names of the classes, if they are not those of `dataset`.
         fused: Whether a file holds the network as `bcoskit.fuse` makes it.
+        conversion: What `bcoskit.bcosify` makes of the ordinary network, None if it stays one.
+        skip: As of `bcoskit.bcosify`.
     """
 
     name: str
@@ -83,6 +90,8 @@ class ModelRow:
     checkpoint: Checkpoint | None = None
     own_classes: tuple[str, ...] | None = None
     fused: bool = False
+    conversion: "BcosConfig | None" = None
+    skip: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -116,8 +125,47 @@ class ModelRow:
         module, name = self.family
         make = getattr(importlib.import_module(f"bcoskit.models.{module}"), name)
         count = self.num_classes if num_classes is None else num_classes
-        network = cast("Network", make(num_classes=count, in_channels=self.in_channels, **self.arguments))
+        channels = self.transform.channels if self.conversion is not None else self.in_channels
+        network = cast("Network", make(num_classes=count, in_channels=channels, **self.arguments))
+        if self.conversion is not None:
+            from bcoskit.convert import bcosify  # with timm, which takes a second
+
+            network.transform = self.ordinary_transform
+            network = bcosify(network.eval(), self.conversion, skip=self.skip, inplace=True)
+            if not isinstance(network, Network):
+                raise ValueError(f"{self.name!r} cannot be converted as a network by name: no layer reads its image")
         return fuse(network.eval()) if self.fused else network
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the network cannot be built without values: it is not ours, or has to be tried to be converted."""
+        return self.conversion is not None or self.name.startswith(TIMM)
+
+    @property
+    def ordinary_transform(self) -> ImageTransform:
+        """The transform of the network before its conversion, which has the same constants."""
+        return replace(self.transform, encoding="normalized")
+
+    def converted(self, config: "BcosConfig", skip: tuple[str, ...] = ()) -> "ModelRow":
+        """The row of what `bcoskit.bcosify` makes of an ordinary network.
+
+        Raises:
+            ValueError: If the network is a B-cos network already, or has no classes.
+        """
+        if self.transform.encoding != "normalized":
+            raise ValueError(f"{self.name!r} is a B-cos network already, it cannot be converted")
+        if not config.encode:
+            raise ValueError("`encode` (=False) cannot be of a network by name: its images are encoded")
+        if config.mean is None:
+            config = replace(config, mean=self.transform.mean, std=self.transform.std)
+        return replace(
+            self,
+            transform=replace(self.transform, encoding="bcos"),
+            loss="bce",
+            checkpoint=None,
+            conversion=config,
+            skip=skip,
+        )
 
     def with_classes(self, num_classes: int | None) -> "ModelRow":
         """The row with another number of classes, which then have numbers for names.

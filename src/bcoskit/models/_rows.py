@@ -267,6 +267,11 @@ def _own_rows() -> Iterator[ModelRow]:
         )
         name = f"resnet{depth}.standard_cifar10"
         yield ModelRow(name, ("cifar", "cifar_resnet"), {"depth": depth}, normalized, "cifar10", "cross_entropy")
+        arguments = {"depth": depth, "padded_shortcuts": True}
+        # As others have trained it; weights that are on offer go with the constants of ImageNet.
+        imagenet = ImageTransform(32, encoding="normalized")
+        name = f"resnet{depth}.he_cifar10"
+        yield ModelRow(name, ("cifar", "cifar_resnet"), arguments, imagenet, "cifar10", "cross_entropy")
 
 
 ROWS = {

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit.models._network import Network, Rename, by_fan_out
@@ -50,6 +52,23 @@ class BasicBlock(nn.Module):
         """(N, in_channels, H, W) to (N, channels, H / stride, W / stride)."""
         y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         return self.act2(y + self.downsample(x))
+
+
+class PaddedShortcut(nn.Module):
+    """Every other position, between zeros for the channels that are new (He et al., CVPR 2016, option A).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.padding = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, channels, ⌈H / 2⌉, ⌈W / 2⌉)."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class CifarResNet(Network):
@@ -108,7 +127,7 @@ class CifarResNet(Network):
 
     def authors_renames(self) -> Sequence[Rename]:
         """From our paths to the authors'."""
-        return ((r"^fc\.conv", "fc"),)
+        return ((r"^fc\.conv", "fc"), (r"^fc\.2\.", "linear."))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to the last map, (N, 64, H / 4, W / 4)."""
@@ -162,13 +181,14 @@ def bcos_cifar_resnet(
     )
 
 
-def cifar_resnet(depth: int, num_classes: int, *, in_channels: int = 3) -> CifarResNet:
+def cifar_resnet(depth: int, num_classes: int, *, in_channels: int = 3, padded_shortcuts: bool = False) -> CifarResNet:
     """The ordinary network of the same shape: convolution, batch norm, ReLU, and a linear classifier.
 
     Args:
         depth: 20, 32, 44, 56 or 110.
         num_classes: Number of logits.
         in_channels: Channels of the normalised image.
+        padded_shortcuts: Whether shortcuts pad channels with zeros, as in the original, instead of convolving.
 
     Returns:
         The network, with fresh weights.
@@ -177,7 +197,7 @@ def cifar_resnet(depth: int, num_classes: int, *, in_channels: int = 3) -> Cifar
     def head(channels: int, num_classes: int) -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
-    return CifarResNet(
+    network = CifarResNet(
         depth,
         in_channels,
         num_classes,
@@ -186,3 +206,9 @@ def cifar_resnet(depth: int, num_classes: int, *, in_channels: int = 3) -> Cifar
         activation=nn.ReLU,
         head=head,
     )
+    if padded_shortcuts:
+        for path, module in list(network.named_modules()):
+            if path.endswith("downsample") and isinstance(module, nn.Sequential):
+                convolution: Any = module[0]
+                network.set_submodule(path, PaddedShortcut(convolution.in_channels, convolution.out_channels))
+    return network

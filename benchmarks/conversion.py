@@ -1,0 +1,92 @@
+"""Pretrained CIFAR-10 ResNets: converted and fine-tuned, beside the ordinary ones and a B-cos network from scratch.
+
+    python benchmarks/conversion.py --data FOLDER --weights FOLDER [--only PATTERN] [--report]
+
+`--weights`: folder with `resnet20-12fca82f.th` and `resnet56-4bfd9763.th` (Idelbayev, BSD-2). Every run is one of
+`bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Writes
+`docs/results/conversion.*`: JSON, a table, and the curves.
+"""
+
+import argparse
+import csv
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bcoskit.training import train
+
+RUNS = Path("runs", "conversion")
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+FILES = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
+FROM_SCRATCH = "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10"
+
+
+def settings(weights: Path) -> dict[str, dict[str, Any]]:
+    """The runs in the order in which they are made, by name."""
+    runs: dict[str, dict[str, Any]] = {}
+    for depth, epochs in ((20, 12), (56, 8)):
+        common = {"from_": f"resnet{depth}.he_cifar10", "weights": str(weights / FILES[depth]), "epochs": epochs}
+        runs[f"resnet{depth} converted"] = {**common, "gradual": 0.5, "learning_rate": 1e-3}
+        runs[f"resnet{depth} ordinary"] = {**common, "convert": "none", "learning_rate": 1e-3}
+    runs["resnet20 from scratch"] = {"model": FROM_SCRATCH, "epochs": 60, "learning_rate": 1e-3}
+    return runs
+
+
+def curve(name: str) -> list[dict[str, float]]:
+    """Accuracy on the test images after each epoch."""
+    rows: dict[int, float] = {}
+    for file in (RUNS / name / "csv").glob("version_*/metrics.csv"):
+        with file.open() as lines:
+            rows |= {
+                int(row["epoch"]): float(row["test_accuracy"]) for row in csv.DictReader(lines) if row["test_accuracy"]
+            }
+    return [{"epoch": epoch + 1, "accuracy": rows[epoch]} for epoch in sorted(rows)]
+
+
+def report() -> None:
+    """The results as JSON, table and figure."""
+    import matplotlib.pyplot as plt
+
+    names = [folder.name for folder in sorted(RUNS.iterdir()) if (folder / "csv").exists()]
+    runs = {
+        name: {"settings": json.loads((RUNS / name / "settings.json").read_text()), "curve": curve(name)}
+        for name in names
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "conversion.json").write_text(json.dumps(runs, indent=1) + "\n")
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    lines = ["| run | epochs | accuracy on the 8,000 test images, % |", "|---|---|---|"]
+    for name, run in runs.items():
+        axis.plot([row["epoch"] for row in run["curve"]], [100 * row["accuracy"] for row in run["curve"]], label=name)
+        wanted = run["settings"]["epochs"]
+        done = len(run["curve"])
+        shown = f"{wanted}" if done == wanted else f"{done} of {wanted}"
+        lines.append(f"| {name} | {shown} | {100 * run['curve'][-1]['accuracy']:.2f} |")
+    axis.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(60, 92))
+    axis.legend(fontsize=7)
+    figure.savefig(RESULTS / "conversion.png", dpi=110)
+    (RESULTS / "conversion.md").write_text("\n".join(lines) + "\n")
+    Console(width=120).print("\n".join(lines), markup=False)
+
+
+def main() -> None:
+    """Make the runs, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path, default=Path())
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--report", action="store_true", help="of what there is, without new runs")
+    options = parser.parse_args()
+    for name, arguments in settings(options.weights).items():
+        if options.report or not fnmatchcase(name, options.only):
+            continue
+        if not (RUNS / name / "model.safetensors").exists():
+            train(options.data, out=RUNS / name, resume=True, **arguments)
+    report()
+
+
+if __name__ == "__main__":
+    main()

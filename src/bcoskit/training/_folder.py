@@ -1,0 +1,62 @@
+"""The folder of a run: what is in it, and whether a run can go on from there."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
+
+
+def check_ranges(epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
+    """Raise a `ValueError` for the first value that is out of its range."""
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{name}` (={value}) must be above 0 and finite")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` (={seed}) must be at least 0 and below 2**63")
+
+
+def settings_before(out: Path, resume: bool) -> dict[str, Any]:
+    """The settings of the run in `out` that is to be resumed; empty if there is nothing to go on from."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` (={str(out)!r}) must be a folder")
+    checkpoint, settings = out / CHECKPOINT, out / SETTINGS
+    if not resume and (checkpoint.exists() or (out / MODEL).exists()):
+        raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
+    if not checkpoint.exists():
+        if (out / MODEL).exists():
+            raise ValueError(f"`out` (={str(out)!r}) holds a trained model, and no checkpoint; choose another folder")
+        return {}
+    try:
+        parts = torch.load(checkpoint, map_location="cpu", weights_only=True).keys()
+    except Exception as error:  # damaged files are answered with nearly every kind of exception
+        raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed") from error
+    if not parts >= {"state_dict", "optimizer_states", "lr_schedulers", "loops"}:
+        raise ValueError(f"{checkpoint}: is no checkpoint of a training run")
+    try:
+        before = json.loads(settings.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{settings}: cannot be read, so that the run cannot be resumed ({error})") from error
+    if not isinstance(before, dict) or not before:
+        raise ValueError(f"{settings}: holds no settings, so that the run cannot be resumed")
+    return before
+
+
+def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path) -> None:
+    """Raise a `ValueError` for the first setting that is another one than in the run that is to be resumed."""
+    # A run of an older version may have had fewer settings.
+    changed = [name for name in settings if before.get(name, settings[name]) != settings[name]]
+    if changed:
+        raise ValueError(
+            f"`{changed[0]}` (={settings[changed[0]]}) was {before[changed[0]]} in the run in {out}; "
+            "resume it with the same settings, or choose another folder"
+        )
+
+
+def write_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of a run that begins or goes on."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

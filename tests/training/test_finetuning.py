@@ -1,0 +1,184 @@
+"""Fine-tuning of converted networks, and alignment with a teacher."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from tests.training.test_train import break_off, same_weights, write_images
+
+import bcoskit
+from bcoskit import cli
+from bcoskit.convert import BcosConfig, bcosify
+from bcoskit.models import create_model, save_model
+from bcoskit.training import align, train
+from bcoskit.training._align import Aligner, alignment_loss
+
+NAME = "resnet20.standard_cifar10"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root, "train", 8)
+    write_images(root, "test", 3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An ordinary network of three classes, whose norms have statistics."""
+    torch.manual_seed(0)
+    network = create_model(NAME, num_classes=3).train()
+    with torch.no_grad():
+        for _ in range(5):
+            network(torch.randn(8, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "ordinary.safetensors"
+    save_model(network.eval(), path)
+    return path
+
+
+def tune(data, out, weights, **arguments):
+    options = {"from_": NAME, "weights": str(weights), "epochs": 2, "batch_size": 8, "compile_step": False}
+    return train(data, out=out, **options | arguments)
+
+
+def teach(data, out, weights, **arguments):
+    options = {"teacher": NAME, "weights": str(weights), "epochs": 2, "batch_size": 8, "compile_step": False}
+    return align(data, out=out, **options | arguments)
+
+
+class TestFineTuning:
+    @pytest.mark.parametrize("gradual", [0.0, 0.5, 1.0])
+    def test_what_comes_out_is_a_converted_network(self, data, tmp_path, weights, gradual):
+        figures = tune(data, tmp_path / "run", weights, gradual=gradual)
+        network = create_model(tmp_path / "run" / "model.safetensors")
+        assert network.classes == ("green", "red")
+        assert (network.transform.encoding, network.loss, network.name) == ("bcos", "bce", NAME)
+        assert network.conversion is not None
+        assert network.conversion.config.b == 2
+        expected = bcosify(create_model(NAME, num_classes=2), BcosConfig.preset("bcosification"))
+        assert network.state_dict().keys() == expected.state_dict().keys()
+        x = torch.stack([network.transform(file) for file in sorted((data / "test").rglob("*.png"))])
+        with torch.no_grad():
+            right = (network(x).argmax(1) == torch.tensor([0] * 3 + [1] * 3)).float().mean()
+        assert float(right) == pytest.approx(figures["test_accuracy"])
+        assert float(bcoskit.explain(network, x, shares=True).residual.abs().max()) < 1e-5
+        settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+        assert settings["gradual"] == gradual
+        assert settings["learning_rate"] == 1e-4
+
+    def test_it_begins_with_the_weights(self, data, tmp_path, weights):
+        tune(data, tmp_path / "run", weights, learning_rate=1e-12, epochs=1)
+        tuned, given = create_model(tmp_path / "run" / "model.safetensors"), create_model(weights)
+        assert torch.allclose(tuned.layer1[0].conv1.weight, given.layer1[0].conv1.weight, atol=1e-6)
+        tune(data, tmp_path / "fresh", "fresh", learning_rate=1e-12, epochs=1)
+        fresh = create_model(tmp_path / "fresh" / "model.safetensors")
+        assert not torch.allclose(fresh.layer1[0].conv1.weight, given.layer1[0].conv1.weight, atol=1e-2)
+
+    def test_the_ordinary_network_alone(self, data, tmp_path, weights):
+        tune(data, tmp_path / "run", weights, convert="none")
+        network = create_model(tmp_path / "run" / "model.safetensors")
+        assert (network.transform.encoding, network.loss) == ("normalized", "cross_entropy")
+        assert network.conversion is None
+
+    @pytest.mark.parametrize("epoch", [1, 2])
+    def test_a_run_that_was_cut_off_goes_on(self, data, tmp_path, weights, monkeypatch, epoch):
+        options = {"gradual": 0.5, "epochs": 3}
+        tune(data, tmp_path / "whole", weights, **options)
+        with monkeypatch.context() as patched:
+            break_off(patched, epoch)
+            with pytest.raises(OSError, match="power cut"):
+                tune(data, tmp_path / "cut", weights, **options)
+        tune(data, tmp_path / "cut", weights, **options, resume=True)
+        assert same_weights(tmp_path / "whole", tmp_path / "cut")
+        with pytest.raises(ValueError, match="`gradual`"):
+            tune(data, tmp_path / "cut", weights, **options | {"gradual": 0.4}, resume=True)
+
+    def test_a_network_of_timm(self, data, tmp_path, capsys):
+        arguments = ["train", "--from", "timm/test_resnet", "--weights=fresh", f"--data={data}", "--epochs=1"]
+        assert cli.main([*arguments, "--batch-size=4", "--no-compile-step", f"--out={tmp_path / 'run'}"]) == 0
+        assert "test_accuracy" in capsys.readouterr().out
+        network = create_model(tmp_path / "run" / "model.safetensors")
+        assert network.name == "timm/test_resnet"
+        photographs = str(data / "test" / "red")
+        model = f"--model={tmp_path / 'run' / 'model.safetensors'}"
+        assert cli.main(["explain", photographs, model, f"--out={tmp_path / 'pictures'}"]) == 0
+        assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"from_": "resnet20.bcos_cifar10", "weights": "fresh"}, "B-cos"),
+            ({"from_": "timm/nothing"}, "timm has none"),
+            ({"weights": "absent.safetensors"}, "absent.safetensors"),
+            ({"gradual": 1.5}, "`gradual`"),
+            ({"gradual": 0.5, "learnable_b": True}, "`gradual`"),
+            ({"b": 0.5}, "`b`"),
+            ({"convert": "none", "b": 2.0}, "`b`"),
+            ({"convert": "none", "gradual": 0.5}, "`gradual`"),
+        ],
+    )
+    def test_what_cannot_be(self, data, tmp_path, weights, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            tune(data, tmp_path / "run", **{"weights": weights} | arguments)
+        assert not (tmp_path / "run").exists()
+
+
+class TestAlignment:
+    def test_the_loss_is_0_for_the_teacher_itself(self, weights):
+        teacher = create_model(weights)
+        x = torch.randn(2, 3, 32, 32)
+        outputs = (teacher(x), [teacher.forward_features(x)])
+        assert float(alignment_loss(outputs, outputs)) == 0
+        shifted = (outputs[0] + 3, outputs[1])  # of all logits
+        assert float(alignment_loss(shifted, outputs)) < 1e-10
+        nothing = (torch.zeros_like(outputs[0]), [torch.zeros_like(outputs[1][0])])
+        assert float(alignment_loss(nothing, outputs)) == pytest.approx(1)
+
+    def test_it_learns_without_labels(self, data, tmp_path, weights):
+        figures = teach(data, tmp_path / "run", weights, epochs=6, gradual=0.0)
+        with next((tmp_path / "run" / "csv").rglob("metrics.csv")).open() as file:
+            losses = [float(row["test_loss"]) for row in csv.DictReader(file) if row["test_loss"]]
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+        assert set(figures) == {"test_loss", "test_agreement"}
+        student = create_model(tmp_path / "run" / "model.safetensors")
+        assert student.classes == create_model(weights).classes
+        assert student.conversion.config.b == 2
+        assert not any(module._forward_hooks for module in student.modules())
+
+    def test_images_without_splits(self, data, tmp_path, weights):
+        images = tmp_path / "images" / "deep"
+        images.mkdir(parents=True)
+        for index, file in enumerate(sorted((data / "train").rglob("*.png"))):
+            shutil.copy(file, images / f"{index}.png")
+        figures = teach(tmp_path / "images", tmp_path / "run", weights, epochs=3, measure_every=2)
+        assert 0 <= figures["test_agreement"] <= 1
+        assert (tmp_path / "run" / "model.safetensors").exists()
+
+    def test_a_run_that_was_cut_off_goes_on(self, data, tmp_path, weights, monkeypatch):
+        teach(data, tmp_path / "whole", weights, epochs=3)
+        step = Aligner.training_step
+
+        def broken(self, batch, index):
+            if self.current_epoch == 2:
+                raise OSError("power cut")
+            return step(self, batch, index)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Aligner, "training_step", broken)
+            with pytest.raises(OSError, match="power cut"):
+                teach(data, tmp_path / "cut", weights, epochs=3)
+        teach(data, tmp_path / "cut", weights, epochs=3, resume=True)
+        assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+    def test_from_the_command_line(self, data, tmp_path, weights, capsys):
+        arguments = ["align", "--teacher", NAME, f"--weights={weights}", f"--data={data}", "--epochs=1"]
+        assert cli.main([*arguments, "--batch-size=8", "--no-compile-step", f"--out={tmp_path / 'run'}"]) == 0
+        assert "test_agreement" in capsys.readouterr().out
+        for wrong in ("--convert=none", "--train-size=0", "--measure-every=0", "--gradual=2", "--teacher=timm/nothing"):
+            assert cli.main([*arguments, wrong, f"--out={tmp_path / 'other'}"]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "other").exists()
