@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from tests.training.test_train import break_off, same_weights, write_images
 
 import bcoskit
 from bcoskit import cli
@@ -14,6 +13,7 @@ from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.models import create_model, save_model
 from bcoskit.training import align, train
 from bcoskit.training._align import Aligner, alignment_loss
+from training_runs import break_off, same_weights, write_images
 
 NAME = "resnet20.standard_cifar10"
 

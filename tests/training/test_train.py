@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
@@ -21,21 +20,10 @@ from bcoskit.models import create_model
 from bcoskit.training import _engine, train
 from bcoskit.training._engine import EpochShuffle
 from bcoskit.training._module import Classifier, seeded
+from training_runs import COLORS, break_off, same_weights, write_images
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BCOS, STANDARD = "resnet20.bcos_cifar10", "resnet20.standard_cifar10"
-COLORS = {"green": (30, 200, 30), "red": (200, 30, 30)}
-
-
-def write_images(root, split, count, colors=COLORS):
-    """Images of one colour, a little different each; the colour is the class."""
-    source = random.Random(split)
-    for name, color in colors.items():
-        place = root / split / name
-        place.mkdir(parents=True)
-        for index in range(count):
-            shade = tuple(value + source.randint(-20, 20) for value in color)
-            Image.new("RGB", (32, 32), shade).save(place / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +50,9 @@ def copied(finished, tmp_path):
     return Path(shutil.copytree(finished[0], tmp_path / "copied"))
 
 
-def state_of(out):
-    return create_model(out / "model.safetensors").state_dict()
-
-
-def same_weights(first, second):
-    first, second = state_of(first), state_of(second)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 def metrics(out, name, version=0):
     with (out / "csv" / f"version_{version}" / "metrics.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
-
-
-def break_off(monkeypatch, epoch, batch=0, error=OSError):
-    """Make training stop at a step, as if the machine had."""
-    step = Classifier.training_step
-
-    def broken(self, images_and_labels, index):
-        if (self.current_epoch, index) == (epoch, batch):
-            raise error("power cut")
-        return step(self, images_and_labels, index)
-
-    monkeypatch.setattr(Classifier, "training_step", broken)
 
 
 def refused(error, *arguments, **keywords):
