@@ -30,6 +30,7 @@ from bcoskit.data._images import pixels
 from bcoskit.models import create_model
 from bcoskit.viz import SheetRow, sheet
 
+_TOP = 3  # classes
 _KEY = "bcoskit"  # of what a picture tells of itself
 
 _Given = TypeVar("_Given")
@@ -42,7 +43,7 @@ def explain_images(
     model: str = "resnet20.bcos_cifar10",
     weights: str | None = None,
     target: str | None = None,
-    top: int = 3,
+    top: int | None = None,
     out: Path = Path("explanations"),
     save: bool = False,
     json: bool = False,
@@ -63,7 +64,7 @@ def explain_images(
         weights: File or URL of the network's weights, for instance one of the authors'; by default those that go with
             its name.
         target: Name or index of a class that is explained in any case, before the largest ones.
-        top: How many classes are explained.
+        top: How many classes are explained; by default three, or all if there are fewer.
         out: Folder for the pictures, which keep the structure of a folder of images. Below a folder of images, it is
             left out of them.
         save: Also write the tensors of each explanation, as a .safetensors file beside the picture.
@@ -92,6 +93,8 @@ def explain_images(
         raise ValueError("`compile` (=True) needs `--no-shares`: constants are evaluated one image at a time")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     network = _Network.load(model, weights, _device(device))
+    if top is None:
+        top = min(_TOP, len(network.classes))
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else network.class_index(target)

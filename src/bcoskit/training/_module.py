@@ -51,6 +51,7 @@ class Learner(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.seed = seed
         self._gradual, self._gradual_part = gradual, gradual_part
+        self._all_steps: int | None = None
 
     def configure_optimizers(self) -> Any:
         """Adam without weight decay, and the cosine."""
@@ -94,7 +95,9 @@ class Learner(lightning.LightningModule):
             self._gradual.set(progress)
 
     def _steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
+        if self._all_steps is None:  # Lightning knows it while it fits, and not while it only measures
+            self._all_steps = int(self.trainer.estimated_stepping_batches)
+        return self._all_steps
 
 
 class Classifier(Learner):
