@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bcoskit._checks import check_inputs, untouched
 from bcoskit._explain import explain
-from bcoskit._layers import uncompiled
+from bcoskit._layers import run_between, uncompiled
+from bcoskit._linear_map import Layers, entry
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
@@ -63,7 +64,15 @@ class AuditReport:
         )
 
 
-def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: ProductPolicy = "split") -> AuditReport:
+def audit(
+    model: nn.Module,
+    x: Tensor,
+    target: Target = None,
+    *,
+    from_layer: str | None = None,
+    to_layer: str | None = None,
+    products: ProductPolicy = "split",
+) -> AuditReport:
     """Prove that a network is dynamic linear at inputs, or name the operations that are not.
 
     The work is done by a copy of the network in float64.
@@ -72,6 +81,8 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
         model: A network in evaluation mode.
         x: Inputs (N, *shape).
         target: As of `bcoskit.explain`.
+        from_layer: As of `bcoskit.explain`.
+        to_layer: As of `bcoskit.explain`.
         products: As of `bcoskit.explanation_mode`.
 
     Returns:
@@ -81,22 +92,24 @@ def audit(model: nn.Module, x: Tensor, target: Target = None, *, products: Produ
         TypeError: As `bcoskit.explain`.
         ValueError: As `bcoskit.explain`; also if `W(x)` is 0 altogether, where every audit would pass in vain.
     """
-    check_inputs(model, x)
+    check_inputs(model, x, indices=from_layer is not None)
     original = uncompiled(model)
     if not isinstance(original, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
-    network, inputs = copy.deepcopy(original).double(), x.double()
+    layers = (from_layer, to_layer)
+    network, inputs = copy.deepcopy(original).double(), x.double() if x.is_floating_point() else x
     mode = LocatingMode(network, products)
     with untouched(x.device), mode:
-        start = mode.start_at(inputs.detach().requires_grad_().clone())
-        output = network(start.clone())
+        _, output = run_between(network, inputs, entry(mode), *layers)
         offenders = (*violations(output, mode), *mode.unseen)
     offenders += tuple(_interacting(network, inputs))
-    forward = _difference(output.detach(), network, inputs)
-    numeric = weights_gradient(network, inputs, products=products)
+    forward = _difference(output.detach(), network, inputs, layers)
+    numeric = weights_gradient(network, inputs, layers, products=products)
     if offenders:
         return AuditReport(offenders, forward, numeric, float("nan"), {}, products)
-    explanation = explain(network, inputs, target, products=products, shares=True)
+    explanation = explain(
+        network, inputs, target, from_layer=from_layer, to_layer=to_layer, products=products, shares=True
+    )
     if not bool(explanation.weights.any()):
         raise ValueError("W(x) is 0 for every input: the signal has died, and no audit of it means anything")
     assert explanation.residual is not None
@@ -108,8 +121,8 @@ def _interacting(network: nn.Module, x: Tensor) -> Iterator[Violation]:
     """The first module whose output for a sample is another one when there are other samples beside it."""
     pair = torch.cat([x[:1], x[:1].flip(-1) if len(x) == 1 else x[1:2]])
     together, alone = (_outputs(network, inputs) for inputs in (pair, x[:1]))
-    for (path, kind, place, both), entry in zip_longest(together, alone[: len(together)]):
-        one = None if entry is None else entry[3]  # None where one sample alone raises
+    for (path, kind, place, both), by_itself in zip_longest(together, alone[: len(together)]):
+        one = None if by_itself is None else by_itself[3]  # None where one sample alone raises
         if one is not None and (both.shape[1:] != one.shape[1:] or len(both) != 2 * len(one)):
             continue
         if one is None or not bool((both[: len(one)] - one).abs().max() <= _INTERACTION * one.abs().max()):
@@ -147,13 +160,15 @@ def _outputs(network: nn.Module, x: Tensor) -> list[tuple[str, str, str, Tensor]
     return found
 
 
-def _difference(output: Tensor, network: nn.Module, x: Tensor) -> float:
+def _difference(output: Tensor, network: nn.Module, x: Tensor, layers: Layers) -> float:
     with torch.no_grad():
-        plain = network(x.clone())
+        _, plain = run_between(network, x, Tensor.clone, *layers)
     return float((output - plain).abs().max() / plain.abs().max().clamp_min(torch.finfo(plain.dtype).tiny))
 
 
-def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductPolicy = "split") -> float:
+def weights_gradient(
+    model: Callable[..., Any], x: Tensor, layers: Layers = (None, None), *, products: ProductPolicy = "split"
+) -> float:
     """The numeric audit: the largest absolute entry of `∂⟨W(x), v⟩/∂x` for a fixed random `v`.
 
     With every factor frozen, `W(x)` has no gradient path to `x`, and the result is exactly 0, not merely small.
@@ -161,16 +176,16 @@ def weights_gradient(model: Callable[..., Any], x: Tensor, *, products: ProductP
     Args:
         model: The network, in evaluation mode.
         x: Inputs (N, *shape).
+        layers: Where `W(x)` starts and ends, None for the input and the output.
         products: As of `bcoskit.explanation_mode`.
 
     Returns:
         The largest entry; NaN if an operation that is not frozen has no second derivative.
     """
-    with untouched(x.device), explanation_mode(products=products):
-        start = x.detach().clone().requires_grad_()
+    with untouched(x.device), explanation_mode(products=products) as mode:
         generator = torch.Generator().manual_seed(0)
         try:
-            output = model(start.clone())
+            start, output = run_between(model, x, entry(mode), *layers)
             (weights,) = torch.autograd.grad(output.sum(), start, create_graph=True)
             if not weights.requires_grad:
                 return 0.0

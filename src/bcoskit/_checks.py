@@ -8,14 +8,23 @@ import torch
 from torch import Tensor, nn
 
 
-def check_inputs(model: Callable[..., Any], x: Tensor) -> None:
-    """Refuse a network or inputs of which an explanation would be wrong; raises as `explain`."""
+def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False) -> None:
+    """Refuse a network or inputs of which an explanation would be wrong; raises as `explain`.
+
+    Args:
+        model: The network.
+        x: Its input.
+        indices: Whether it may hold integers, since the explanation starts behind an embedding.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first")
+    if not x.is_floating_point() and (not indices or x.is_complex()):
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode images first, and explain tokens "
+            "from the layer that embeds them (`from_layer`)"
+        )
     if x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"

@@ -212,14 +212,16 @@ def explain(
 
     Args:
         model: A network in evaluation mode, or any function of a batch.
-        x: Inputs (N, *shape), floating point, at least single precision; samples must not interact.
+        x: Inputs (N, *shape), floating point, at least single precision; samples must not interact. Of what a network
+            returns as an object with `logits`, as those of Hugging Face do, these are explained.
         target: What of an output (N, C) is explained: None for each sample's largest logit, one class for all
             samples, a list or tensor of one class per sample (N,), or of several per sample (N, K), which share the
             forward pass. For an output with more axes, such as a map, a position `(channel, row, column)` after the
             batch axis, with slices to sum over (`(3, slice(None), slice(None))`), or a list of K positions. A function
             of the output may give any of these: `lambda logits: logits.topk(3).indices`. An output (N,) has no target.
         versus: A class, or classes like `target`, whose logit is subtracted: why this one and not that one.
-        from_layer: Name of a layer whose output takes the place of the input.
+        from_layer: Name of a layer whose output takes the place of the input. With the layer that embeds tokens, `x`
+            holds their numbers, and contributions are summed over `channel_dim=-1`, the features of a token.
         to_layer: Name of a layer whose output is explained in the place of the network's.
         products: What becomes of products of two input-dependent factors: see `explanation_mode`.
         shares: Also evaluate every constant of the network by itself: `shares`, and the `residual` that checks them.
@@ -240,7 +242,7 @@ def explain(
         NotLinearError: If the network is not dynamic linear.
     """
     model = uncompiled(model)
-    check_inputs(model, x)
+    check_inputs(model, x, indices=from_layer is not None)
     layers = (from_layer, to_layer)
     task = Task(model, x, layers, target, versus, channel_dim, create_graph, weighted=not shares or create_graph)
     # Of a network whose code is known the graph tells all; of others each operation is looked at.

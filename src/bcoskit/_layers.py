@@ -119,7 +119,13 @@ def _uncompiled_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> n
     return copies[original]
 
 
+def logits_of(output: Any) -> Any:
+    """The logits of an output that has them as an attribute, as those of Hugging Face do; others as they are."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
 def _tensor(value: Any, what: str) -> Tensor:
+    value = logits_of(value)
     if not isinstance(value, Tensor):
         raise TypeError(f"the output of {what} is {type(value).__name__}, an explanation needs one tensor")
     return value

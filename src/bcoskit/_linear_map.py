@@ -48,7 +48,7 @@ class Found:
 def run_frozen(task: Task, mode: ExplanationMode, context: AbstractContextManager[object]) -> Found:
     """Run the network in a context that freezes its factors, and read W(x)."""
     with untouched(task.x.device), context:
-        start, output = run_between(task.model, task.x, _entry(mode), *task.layers)
+        start, output = run_between(task.model, task.x, entry(mode), *task.layers)
         check_channel_dim(task.channel_dim, start)
         check_output(output, len(task.x))
         value, classes, others = select(output, task.target, task.versus)
@@ -57,7 +57,7 @@ def run_frozen(task: Task, mode: ExplanationMode, context: AbstractContextManage
     return Found(start, output, value, classes, others, faults, weights)
 
 
-def _entry(mode: ExplanationMode) -> Callable[[Tensor], Tensor]:
+def entry(mode: ExplanationMode) -> Callable[[Tensor], Tensor]:
     """What makes the start of an explanation out of an input: a copy, which the network may write to."""
 
     def enter(value: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def not_linear(
     """The error that names what the graph audit found, with the places that one more pass notes."""
     mode = LocatingMode(model, products)
     with untouched(x.device), mode:
-        _, output = run_between(model, x.detach(), _entry(mode), *layers)
+        _, output = run_between(model, x.detach(), entry(mode), *layers)
         located = tuple(violations(output, mode)) or faults
     listed = "; ".join(str(violation) for violation in located[:3])
     more = f"; and {len(located) - 3} more" if len(located) > 3 else ""
@@ -125,7 +125,7 @@ def shares_of(
         sample = x[index : index + 1].detach()
         with untouched(x.device):
             with mode:
-                start, output = run_between(model, sample, _entry(mode), *layers)
+                start, output = run_between(model, sample, entry(mode), *layers)
             chosen = target[index : index + 1] if isinstance(target, Tensor) else target
             value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
             several = value.ndim == 2
@@ -138,7 +138,7 @@ def shares_of(
         samples.append(collected)
         weights.append(torch.stack(rows, 1) if several else rows[0])
     names = sorted({name for sample in samples for column in sample for name in column})
-    zero = x.new_zeros(())
+    zero = weights[0].new_zeros(())
     table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
     stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
     shares = stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcoskit._layers import logits_of
+
 _DIMENSIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _SIZES = (32, 64, 96, 128, 224, 256, 384)
 
@@ -51,7 +53,7 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
         watch(path, module)
     try:
         with evaluating(model):
-            output = model(example)
+            output = logits_of(model(example))
     finally:
         for handle in handles:
             handle.remove()

@@ -253,6 +253,10 @@ def _without_bias(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     return "a norm as it is"
 
 
+def _of_embedding(_old: Any, _config: BcosConfig, _path: str) -> nn.Module | str:
+    return "a table of embeddings, from which explanations start"
+
+
 def _of_max_pool(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     if config.max_pool == "keep":
         return "a max pool"
@@ -280,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     Rule((BatchNormAct2d,), _of_norm_with_activation),
     Rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _of_batch_norm),
     Rule((nn.LayerNorm, nn.GroupNorm), _without_bias),
+    Rule((nn.Embedding,), _of_embedding),
     Rule((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _of_max_pool),
     Rule((*_ACTIVATIONS, GELU), _of_activation),
 )
