@@ -819,9 +819,9 @@ class TestAudit:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["timm/nothing"], "no network of that name"),
+            (["timm/nothing"], "timm has none of the name"),
             (["nothing"], "nothing"),
-            (["timm/test_resnet", "--weights=x.pth"], "`weights`"),
+            (["timm/test_resnet", "--weights=x.pth"], "x.pth: no such file"),
             ([BCOS, "--convert=exact"], "B-cos layer already"),
             ([BCOS, "--convert=v9"], "v9"),
         ],

@@ -94,3 +94,12 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "cat.png").exists()
+
+
+def test_snippets_of_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), flags=re.M | re.S)
+    assert len(snippets) == 2
+    names: dict[str, object] = {}
+    for snippet in snippets:  # one goes on where another ends
+        exec(compile(snippet, "convert.md", "exec"), names)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from re import Match
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ class Network(nn.Module):
     """
 
     initialize_filter: ClassVar[Callable[[Tensor], object] | None] = None
-    classifier_path: ClassVar[str]
+    classifier_path: str
     optional_path: ClassVar[str | None] = None
     feature_info: Any
     name: str
     transform: ImageTransform
     classes: tuple[str, ...]
-    loss: str
+    loss: Literal["bce", "cross_entropy", "none"]
     num_classes: int
     in_chans: int
     rebuild: Callable[[int], nn.Module]

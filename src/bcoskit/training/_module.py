@@ -60,7 +60,7 @@ class Learner(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_batch_start(self, batch: object, batch_index: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Move a gradual conversion to where it should be at this step."""
         self._move(self.global_step)
 
