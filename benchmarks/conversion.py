@@ -27,7 +27,7 @@ FROM_SCRATCH = "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10"
 def settings(weights: Path) -> dict[str, dict[str, Any]]:
     """The runs in the order in which they are made, by name."""
     runs: dict[str, dict[str, Any]] = {}
-    for depth, epochs in ((20, 6), (56, 6)):
+    for depth, epochs in ((20, 4), (56, 4)):
         common = {"from_": f"resnet{depth}.he_cifar10", "weights": str(weights / FILES[depth]), "epochs": epochs}
         runs[f"resnet{depth} converted"] = {**common, "gradual": 0.5, "learning_rate": 1e-3}
         runs[f"resnet{depth} ordinary"] = {**common, "convert": "none", "learning_rate": 1e-3}

@@ -67,7 +67,7 @@ class TestListModels:
         } < set(names)
 
     def test_pattern(self):
-        assert list_models("resnet20.[!b]*") == [STANDARD]
+        assert list_models("resnet20.[!b]*") == ["resnet20.he_cifar10", STANDARD]
         assert list_models("resnet20") == []
 
     def test_weights(self):

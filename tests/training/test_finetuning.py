@@ -148,6 +148,7 @@ class TestAlignment:
         student = create_model(tmp_path / "run" / "model.safetensors")
         assert student.classes == create_model(weights).classes
         assert student.conversion.config.b == 2
+        assert student.loss == "cross_entropy"  # its logits mean what the teacher's mean
         assert not any(module._forward_hooks for module in student.modules())
 
     def test_images_without_splits(self, data, tmp_path, weights):

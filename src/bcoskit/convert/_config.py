@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,25 @@ class BcosConfig:
     }
 
     def __post_init__(self) -> None:
-        if not 1 <= self.b < math.inf:
+        if not _is_number(self.b) or not 1 <= self.b < math.inf:
             raise ValueError(f"`b` (={self.b}) must be a finite exponent of at least 1")
-        if self.max_out < 1:
-            raise ValueError(f"`max_out` (={self.max_out}) must be at least 1")
+        if type(self.max_out) is not int or self.max_out < 1:
+            raise ValueError(f"`max_out` (={self.max_out}) must be an integer of at least 1")
+        for name in ("learnable_b", "normalize_weight", "encode"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be True or False")
         for name, choices in self._CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(choices)}")
-        if isinstance(self.logit_bias, str) and self.logit_bias != "uniform":
-            raise ValueError(f"`logit_bias` (={self.logit_bias!r}) must be a number, 'uniform' or None")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
+        if self.logit_bias not in (None, "uniform") and not _is_number(self.logit_bias):
+            raise ValueError(f"`logit_bias` (={self.logit_bias!r}) must be a finite number, 'uniform' or None")
+        if self.temperature is not None and not (_is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"`temperature` (={self.temperature}) must be a finite divisor above 0, or None")
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(f"`mean` (={self.mean}) and `std` (={self.std}) must have as many values")
-        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+        if self.mean is not None and not all(map(_is_number, self.mean)):
+            raise ValueError(f"`mean` (={self.mean}) must hold finite numbers")
+        if self.std is not None and not all(_is_number(value) and value > 0 for value in self.std):
             raise ValueError(f"`std` (={self.std}) must be finite and above 0")
         if not self.encode and self.mean is not None:
             raise ValueError("`mean` and `std` need `encode` (=False): without it the input is taken as it comes")
@@ -98,3 +103,7 @@ class BcosConfig:
         if name not in presets:
             raise ValueError(f"`name` (={name!r}) must be one of {', '.join(presets)}")
         return presets[name]
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast("float", value))

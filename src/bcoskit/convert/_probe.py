@@ -96,7 +96,10 @@ def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
         sizes = [(side, side) for side in _SIZES if side < size[-1]] + [tuple(size[1:])]
         if configuration.get("fixed_input_size"):
             sizes = [tuple(size[1:])]
-    count = channels or (size[0] if size is not None else getattr(first, "in_channels", 3))
+    # The configuration tells the channels that timm's own weights are for; others may have been asked for.
+    named: Any = configuration.get("first_conv")
+    known = dict(model.named_modules()).get(named) if isinstance(named, str) else None
+    count = channels or getattr(known, "in_channels", None) or getattr(first, "in_channels", 3)
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     for shape in sizes:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from bcoskit.models._download import cached
 from bcoskit.models._hub_files import hub_file, reason
 from bcoskit.models._matching import match, rows_of
 from bcoskit.models._network import Network
-from bcoskit.models._row import TIMM, Checkpoint, ModelRow
+from bcoskit.models._row import TIMM, Checkpoint, Loss, ModelRow
 from bcoskit.models._rows import ROWS
 
 _LARGEST_SIDE = 10_000
@@ -168,6 +168,7 @@ def save_model(
         "model": name,
         "classes": list(classes),
         "transform": asdict(transform),
+        "loss": model.loss if isinstance(model, Network) and hasattr(model, "loss") else row.loss,
         "training": dict(training or {}),
         "fused": getattr(model, "fused", False),
     }
@@ -344,9 +345,11 @@ def _described(path: Path, container: Container) -> ModelRow:
         transform = _transform(container.description.get("transform"), row.transform)
     except (TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path}: its `transform` is of no use ({error})") from error
-    return replace(
-        row, own_classes=tuple(classes), transform=transform, fused=container.description.get("fused") is True
-    )
+    loss = container.description.get("loss", row.loss)
+    if loss not in get_args(Loss):
+        raise WeightsError(f"{path}: its `loss` (={reprlib.repr(loss)}) must be one of {', '.join(get_args(Loss))}")
+    fused = container.description.get("fused") is True
+    return replace(row, own_classes=tuple(classes), transform=transform, loss=loss, fused=fused)
 
 
 def _converted(path: Path, row: ModelRow, container: Container) -> ModelRow:
@@ -366,6 +369,7 @@ def _converted(path: Path, row: ModelRow, container: Container) -> ModelRow:
     if row.needs_values:
         with torch.device("meta"):
             needed = sum(parameter.numel() for parameter in replace(row, conversion=None).build().parameters())
+        needed *= 1 if row.conversion is None else row.conversion.max_out
         if needed > 2 * sum(tensor.numel() for tensor in container.tensors.values()):
             raise WeightsError(f"{path}: holds far less than the weights of {row.name}")
     return row

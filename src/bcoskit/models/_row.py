@@ -158,6 +158,10 @@ class ModelRow:
             raise ValueError("`encode` (=False) cannot be of a network by name: its images are encoded")
         if config.mean is None:
             config = replace(config, mean=self.transform.mean, std=self.transform.std)
+        elif len(config.mean) != self.transform.channels:
+            raise ValueError(
+                f"`mean` (={config.mean}) must have one value for each of {self.transform.channels} channels"
+            )
         return replace(
             self,
             transform=replace(self.transform, encoding="bcos"),

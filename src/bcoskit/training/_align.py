@@ -219,6 +219,8 @@ def align(
     if cast("str", convert) == "none":
         raise ValueError("`convert` (='none') leaves nothing to be learnt: the student would be the teacher")
     config = conversion(convert, b, False, gradual)
+    assert config is not None
+    config = replace(config, logit_bias=None)  # the logits are to be those of the teacher
     if train_size is None:
         train_size = row.transform.size
     settings: dict[str, Any] = {
@@ -245,6 +247,7 @@ def align(
         original = create_model(row.name, weights=given)
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
+    student.loss = original.loss
     train_images, test_images, has_labels = _splits(data, row.transform, original.num_classes)
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
