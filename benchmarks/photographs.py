@@ -127,18 +127,29 @@ def report() -> None:
     import matplotlib.pyplot as plt
 
     results = json.loads((RUNS / "exact.json").read_text())
-    curves = {way: curve(way) for way in WAYS if (RUNS / way / "csv").exists()}
+    curves = {way: rows for way in WAYS if (rows := curve(way))}
     settings = {way: json.loads((RUNS / way / "settings.json").read_text()) for way in curves}
     RESULTS.mkdir(parents=True, exist_ok=True)
     written = {"exact": results, "settings": settings, "curves": curves}
     (RESULTS / "photographs.json").write_text(json.dumps(written, indent=1) + "\n")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, layout="constrained")
-    for way, rows in curves.items():
-        for axis, name in zip(axes, ("agreement", "accuracy"), strict=True):
-            axis.plot([row["images"] for row in rows], [100 * row[name] for row in rows], marker=".", label=way)
-            axis.set(xlabel="images seen", ylabel=f"{name} on held-out images, %", ylim=(0, 100))
-    axes[0].legend()
-    figure.savefig(RESULTS / "photographs.png", dpi=110)
+    lines = ["# EfficientNet-Lite0", "", "Exponent 1 and biases kept (`python benchmarks/photographs.py exact`):", ""]
+    lines += ["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in results.items())]
+    if curves:
+        lines += ["", "Alignment without labels (`python benchmarks/photographs.py align`), on held-out images:", ""]
+        lines += ["| way | images seen | agreement with the teacher, % | top-1, % |", "|---|---|---|---|"]
+        for way, rows in curves.items():
+            last = rows[-1]
+            figures = f"{100 * last['agreement']:.1f} | {100 * last['accuracy']:.1f}"
+            lines.append(f"| {way} | {last['images']:.0f} | {figures} |")
+        lines += ["", "![Curves](photographs.png)"]
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, layout="constrained")
+        for way, rows in curves.items():
+            for axis, name in zip(axes, ("agreement", "accuracy"), strict=True):
+                axis.plot([row["images"] for row in rows], [100 * row[name] for row in rows], marker=".", label=way)
+                axis.set(xlabel="images seen", ylabel=f"{name} on held-out images, %", ylim=(0, 100))
+        axes[0].legend()
+        figure.savefig(RESULTS / "photographs.png", dpi=110)
+    (RESULTS / "photographs.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

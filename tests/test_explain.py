@@ -598,3 +598,18 @@ def test_dropout_that_never_ends_is_refused():
 def test_an_empty_network_that_was_compiled():
     x = torch.rand(2, 6)
     assert torch.equal(bcoskit.explain(torch.compile(nn.Sequential().eval(), backend="eager"), x, 1).value, x[:, 1])
+
+
+
+def test_shares_complete_the_value_of_their_own_pass():
+    class Uneven(nn.Module):
+        """Stands for rounding, which is another one with another number of samples, where a network makes it large."""
+
+        def forward(self, x):
+            return x * (1 + 1e-3 * len(x))
+
+    torch.manual_seed(0)
+    network = nn.Sequential(bnn.BcosConv2d(6, 4, 3), Uneven(), nn.Flatten()).eval()
+    found = bcoskit.explain(network, bcoskit.encode(torch.rand(3, 3, 6, 6)), shares=True)
+    assert float(found.residual.abs().max()) < 1e-6
+    assert torch.allclose(found.contributions.sum((1, 2)), found.value, rtol=1e-5)

@@ -22,7 +22,7 @@ def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False)
         raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point() and (not indices or x.is_complex()):
         raise TypeError(
-            f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode images first, and explain tokens "
+            f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first, explain tokens "
             "from the layer that embeds them (`from_layer`)"
         )
     if x.dtype in (torch.float16, torch.bfloat16):

@@ -253,18 +253,19 @@ def explain(
         found = run_frozen(task, mode, mode)
     if found.faults:
         raise not_linear(model, x, layers, products, found.faults)
-    constants, weights = None, found.weights
+    constants, whole, weights = None, found, found.weights
     if shares:
-        # Shares bring a W(x) of their own, from the same pass: in another one rounding may flip a ReLU.
         chosen = target if found.classes is None else found.classes
-        constants, own = shares_of(model, x, chosen, found.others, layers, products)
-        weights = own if weights is None else weights
+        completed = shares_of(model, x, chosen, found.others, layers, products)
+        constants = completed.table
+        if weights is None:
+            whole, weights = completed, completed.weights
     assert weights is not None
     kept = _identity if create_graph else Tensor.detach
     return Explanation(
-        x=kept(found.start),
-        logits=kept(found.output),
-        value=kept(found.value),
+        x=kept(whole.start),
+        logits=kept(whole.output),
+        value=kept(whole.value),
         target=found.classes,
         versus=found.others,
         weights=weights,

@@ -45,6 +45,21 @@ class Found:
     weights: Tensor | None
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Shares of constants, and what they complete, all of the same passes.
+
+    In another pass rounding may flip a ReLU, and in a network that makes small differences large all is a little
+    different: shares, W(x) and value complete each other only if no rounding lies between them.
+    """
+
+    table: dict[str, Tensor]
+    start: Tensor
+    output: Tensor
+    value: Tensor
+    weights: Tensor
+
+
 def run_frozen(task: Task, mode: ExplanationMode, context: AbstractContextManager[object]) -> Found:
     """Run the network in a context that freezes its factors, and read W(x)."""
     with untouched(task.x.device), context:
@@ -111,13 +126,16 @@ def shares_of(
     versus: Tensor | None,
     layers: Layers,
     products: ProductPolicy,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every constant's share, each like the value that is explained, and W(x).
+) -> Shares:
+    """Every constant's share, each like the value that is explained, and what these belong to.
 
     One sample at a time: inside a network an axis need not belong to samples, so that only a pass of its own tells
     which of a constant's shares are a sample's.
     """
     samples: list[list[dict[str, Tensor]]] = []
+    starts: list[Tensor] = []
+    outputs: list[Tensor] = []
+    values: list[Tensor] = []
     weights: list[Tensor] = []
     several = False
     for index in range(len(x)):
@@ -136,10 +154,13 @@ def shares_of(
                 rows.append(_row(column, start, keep=True))
                 collected.append(mode.shares)
         samples.append(collected)
+        starts.append(start)
+        outputs.append(output)
+        values.append(value)
         weights.append(torch.stack(rows, 1) if several else rows[0])
     names = sorted({name for sample in samples for column in sample for name in column})
     zero = weights[0].new_zeros(())
     table = {name: [[column.get(name, zero) for column in sample] for sample in samples] for name in names}
     stacked = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in table.items()}
     shares = stacked if several else {name: share.squeeze(1) for name, share in stacked.items()}
-    return shares, torch.cat(weights)
+    return Shares(shares, *map(torch.cat, (starts, outputs, values, weights)))
