@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -96,13 +97,12 @@ def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
         sizes = [(side, side) for side in _SIZES if side < size[-1]] + [tuple(size[1:])]
         if configuration.get("fixed_input_size"):
             sizes = [tuple(size[1:])]
+    own = getattr(first, "in_channels", 3)
     # The configuration tells the channels that timm's own weights are for; others may have been asked for.
-    named: Any = configuration.get("first_conv")
-    known = dict(model.named_modules()).get(named) if isinstance(named, str) else None
-    count = channels or getattr(known, "in_channels", None) or getattr(first, "in_channels", 3)
+    counts = (channels,) if channels else (own,) if size is None else tuple(dict.fromkeys((size[0], own)))
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    for shape in sizes:
+    for count, shape in product(counts, sizes):
         yield torch.randn(1, count, *shape, generator=generator).to(parameter.device, parameter.dtype)
 
 
