@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeVar
@@ -254,9 +254,10 @@ def _classifier(model: nn.Module, config: BcosConfig, seen: Probe, notes: list[C
     if seen.last is None or not isinstance(model.get_submodule(seen.last), nn.Linear):
         return None
     if config.classifier == "before pooling":
-        tried = _larger(model, seen)
         for pool_path in _pools_before(model, seen.last):
-            if _moved(model, pool_path, seen.last, tried):
+            # An image with which the map has one position tells nothing: the next one is larger.
+            outcomes = (_moved(model, pool_path, seen.last, *tried) for tried in _larger(model, seen))
+            if next((outcome for outcome in outcomes if outcome is not None), False):
                 detail = f"classifies positions, then averages; was {pool_path} and {seen.last}"
                 notes.append(ConvertedModule(seen.last, "classifier", "changed", detail))
                 return f"{seen.last}.logits" if _wants_constants(config) else None
@@ -277,9 +278,8 @@ def _pools_before(model: nn.Module, last: str) -> list[str]:
     return [path for path in paths if path in known]
 
 
-def _larger(model: nn.Module, seen: Probe) -> list[tuple[Tensor, Tensor]]:
+def _larger(model: nn.Module, seen: Probe) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs of several sizes and the outputs for them: of a small one the last map may have one position."""
-    found = list[tuple[Tensor, Tensor]]()
     for factor in (1, 2, 4):
         example = seen.example.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
         example = example + torch.randn(example.shape, generator=torch.Generator().manual_seed(factor)).to(example)
@@ -288,12 +288,14 @@ def _larger(model: nn.Module, seen: Probe) -> list[tuple[Tensor, Tensor]]:
         except Exception:  # not this size
             continue
         if output is not None:
-            found.append((example, output))
-    return found
+            yield example, output
 
 
-def _moved(model: nn.Module, pool_path: str, last: str, tried: list[tuple[Tensor, Tensor]]) -> bool:
-    """Put the classifier before the pool, and prove that the outputs are the same; if not, nothing is changed."""
+def _moved(model: nn.Module, pool_path: str, last: str, example: Tensor, expected: Tensor) -> bool | None:
+    """Put the classifier before the pool, and prove that the output is the same; if not, nothing is changed.
+
+    None if the example does not tell.
+    """
     before = [(module, _contents(module)) for module in model.modules()]
     linear: Any = model.get_submodule(last)
     above = last.rpartition(".")[0]
@@ -302,31 +304,34 @@ def _moved(model: nn.Module, pool_path: str, last: str, tried: list[tuple[Tensor
     conv.bias = linear.bias
     head = nn.Sequential(OrderedDict(conv=conv, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(-3)))
     flatten_path = f"{above}.flatten" if above else "flatten"
+    same: bool | None = False
     try:
         if any(path == flatten_path for path, _ in model.named_modules()):
             model.set_submodule(flatten_path, nn.Identity().train(linear.training))
         model.set_submodule(pool_path, nn.Identity().train(linear.training))
         model.set_submodule(last, head.train(linear.training))
-        if any(_same_outputs(model, conv, example, output) for example, output in tried):
-            return True
+        same = _same_outputs(model, conv, example, expected)
     except Exception:  # code between pool and classifier that needs a vector
         pass
-    for module, contents in before:
-        module.__dict__.clear()
-        module.__dict__.update(contents)
-    return False
+    if not same:
+        for module, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(contents)
+    return same
 
 
-def _same_outputs(model: nn.Module, conv: nn.Module, example: Tensor, expected: Tensor) -> bool:
-    """Whether the outputs are as before, on a map of several positions."""
+def _same_outputs(model: nn.Module, conv: nn.Module, example: Tensor, expected: Tensor) -> bool | None:
+    """Whether the outputs are as before, on a map of several positions; None if there is one position."""
     positions = list[int]()
     handle = conv.register_forward_hook(lambda _module, _inputs, output: positions.append(output[0, 0].numel()))
     try:
         output = probe(model, example).output
     finally:
         handle.remove()
-    if output is None or output.shape != expected.shape or positions[-1:] in ([], [1]):
+    if output is None or output.shape != expected.shape or not positions:
         return False
+    if positions[-1] == 1:
+        return None
     return bool((output - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
