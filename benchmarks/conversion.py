@@ -4,7 +4,9 @@
 
 `--weights`: folder with `resnet20-12fca82f.th` and `resnet56-4bfd9763.th` (Idelbayev, BSD-2). Every run is one of
 `bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Writes
-`docs/results/conversion.*`: JSON, a table, and the curves.
+`docs/results/conversion.*`: JSON, a table, and the curves. Images are CIFAR-10 (JPEG q75), on which the pretrained
+weights, of the original pixels, begin lower. While the conversion is gradual, in the first half of its epochs, what is
+measured is a network on its way, with an exponent below 2 and some of its biases.
 """
 
 import argparse
@@ -68,7 +70,9 @@ def report() -> None:
     axis.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(60, 92))
     axis.legend(fontsize=7)
     figure.savefig(RESULTS / "conversion.png", dpi=110)
-    (RESULTS / "conversion.md").write_text("\n".join(lines) + "\n")
+    head = ["# Pretrained CIFAR-10 ResNets, converted and fine-tuned", "", (__doc__ or "").partition("\n\n")[2], ""]
+    foot = ["", "![Curves](conversion.png)"]
+    (RESULTS / "conversion.md").write_text("\n".join((*head, *lines, *foot)) + "\n")
     Console(width=120).print("\n".join(lines), markup=False)
 
 
