@@ -600,7 +600,6 @@ def test_an_empty_network_that_was_compiled():
     assert torch.equal(bcoskit.explain(torch.compile(nn.Sequential().eval(), backend="eager"), x, 1).value, x[:, 1])
 
 
-
 def test_shares_complete_the_value_of_their_own_pass():
     class Uneven(nn.Module):
         """Stands for rounding, which is another one with another number of samples, where a network makes it large."""

@@ -58,6 +58,15 @@ def test_weights_of_timm_from_a_file(tmp_path, x):
         create_model(NAME, weights=tmp_path / "weights.pth")
 
 
+def test_weights_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConnectionError, match="give a file as `weights`") as caught:
+        create_model("timm/resnet18", weights=True)
+    assert str(caught.value).isprintable()
+    with pytest.raises(ValueError, match="no trained weights"):
+        create_model("timm/coatnet_0_224", weights=True)
+
+
 def test_a_conversion_is_saved_and_opened(ordinary, converted, tmp_path, x):
     assert (converted.transform.encoding, converted.in_chans, converted.loss) == ("bcos", 6, "bce")
     assert (ordinary.transform.encoding, ordinary.in_chans, ordinary.loss) == ("normalized", 3, "cross_entropy")

@@ -230,9 +230,9 @@ def _pretrained(row: ModelRow) -> Network:
     if not configuration.has_weights:
         raise ValueError(f"{row.name!r} has no trained weights in timm; give a file as `weights`")
     arguments: dict[str, Any] = {"pretrained": True}
-    if configuration.hf_hub_id and not configuration.hf_hub_filename:
-        arguments["file"] = str(hub_file(configuration.hf_hub_id))
     try:
+        if configuration.hf_hub_id and not configuration.hf_hub_filename:
+            arguments["file"] = str(hub_file(configuration.hf_hub_id))
         return _filled(_skeleton(replace(row, arguments={**row.arguments, **arguments})), {})
     except Exception as error:  # what timm's downloads stand on has many kinds
         message = f"the weights of {row.name!r} cannot be had from timm ({reason(error)}); give a file as `weights`"
