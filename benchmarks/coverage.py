@@ -131,9 +131,10 @@ def _calibrated(model: nn.Module, x: Tensor) -> None:
 
     def resize(layer: Any, _inputs: Any, output: Tensor) -> Tensor:
         size = output.square().mean().sqrt()
-        if layer.normalize_weight or getattr(layer, "standardize", False) or layer.bias is not None or not size > 0:
+        scaled = layer.gain if getattr(layer, "standardize", False) else layer.weight
+        if layer.normalize_weight or scaled is None or layer.bias is not None or not size > 0:
             return output
-        layer.weight.div_(size ** (1 / layer.b))  # in filters without unit norm the layer is of degree b
+        scaled.div_(size ** (1 / layer.b))  # in filters without unit norm the layer is of degree b
         return output / size
 
     def set_variance(norm: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -208,7 +209,7 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All tables in Markdown."""
-    lines = ["# Which networks can be converted", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]
+    lines = ["# Which networks can be converted", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(), ""]
     for title, rows in results.items():
         lines += table(title, rows)
     lines.append(f"`python benchmarks/coverage.py {' '.join(sys.argv[1:])}`".replace(" `", "`"))
