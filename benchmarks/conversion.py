@@ -70,7 +70,12 @@ def report() -> None:
     axis.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(60, 92))
     axis.legend(fontsize=7)
     figure.savefig(RESULTS / "conversion.png", dpi=110)
-    head = ["# Pretrained CIFAR-10 ResNets, converted and fine-tuned", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
+    head = [
+        "# Pretrained CIFAR-10 ResNets, converted and fine-tuned",
+        "",
+        (__doc__ or "").partition("\n\n")[2].strip(),
+        "",
+    ]
     foot = ["", "![Curves](conversion.png)"]
     (RESULTS / "conversion.md").write_text("\n".join((*head, *lines, *foot)) + "\n")
     Console(width=120).print("\n".join(lines), markup=False)
