@@ -48,15 +48,18 @@ def curve(name: str) -> list[dict[str, float]]:
     return [{"epoch": epoch + 1, "accuracy": rows[epoch]} for epoch in sorted(rows)]
 
 
+def _settings(name: str) -> dict[str, Any]:
+    """Those of a run, with the name of the file of weights in the place of its path."""
+    found: dict[str, Any] = json.loads((RUNS / name / "settings.json").read_text())
+    return found | {"weights": Path(found["weights"]).name} if "weights" in found else found
+
+
 def report() -> None:
     """The results as JSON, table and figure."""
     import matplotlib.pyplot as plt
 
     names = [folder.name for folder in sorted(RUNS.iterdir()) if (folder / "csv").exists()]
-    runs = {
-        name: {"settings": json.loads((RUNS / name / "settings.json").read_text()), "curve": curve(name)}
-        for name in names
-    }
+    runs = {name: {"settings": _settings(name), "curve": curve(name)} for name in names}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "conversion.json").write_text(json.dumps(runs, indent=1) + "\n")
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
