@@ -1,5 +1,6 @@
 """The command line: each subcommand calls one public function, whose signature defines its options."""
 
+import importlib
 import inspect
 import keyword
 import os
@@ -66,10 +67,9 @@ def _align() -> Callable[..., dict[str, float]]:
 
 def _training() -> Any:
     try:
-        from bcoskit import training
+        return importlib.import_module("bcoskit.training")
     except ModuleNotFoundError as error:
         raise ImportError(f"training needs {error.name}: pip install 'bcoskit[train]'") from error
-    return training
 
 
 COMMANDS = {
