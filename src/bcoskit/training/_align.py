@@ -7,17 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_convert
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.models import Network, create_model, model_row, save_model
-from bcoskit.training._engine import EpochShuffle, can_compile, fit
+from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
-from bcoskit.training._run import Conversion, as_network, conversion, loaded
+from bcoskit.training._run import Conversion, as_network, conversion, given, loaded
 
 _EVERY = 10  # of images without splits, every tenth is held out to measure on
 
@@ -241,10 +240,9 @@ def align(
             raise ValueError(f"`{name}` (={value}) must be above 0")
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
-    given: bool | str = {"pretrained": True, "fresh": False}.get(weights, weights)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        original = create_model(row.name, weights=given)
+        original = create_model(row.name, weights=given(weights))
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
@@ -263,12 +261,16 @@ def align(
         gradual=moving,
         gradual_part=gradual,
     )
-    order = EpochShuffle(len(train_images), seed)
-    train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
-    test_batches = DataLoader(test_images, batch_size, collate_fn=default_convert)
     write_settings(out, settings)
     figures = fit(
-        learner, train_batches, test_batches, out=out, epochs=epochs, resumed=bool(before), measure_every=measure_every
+        learner,
+        train_images,
+        test_images,
+        batch_size=batch_size,
+        out=out,
+        epochs=epochs,
+        resumed=bool(before),
+        measure_every=measure_every,
     )
     save_model(student, out / MODEL, classes=original.classes, training={**settings, **figures})
     return figures

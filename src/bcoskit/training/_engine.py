@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_convert
 
+from bcoskit.data import InMemoryImages
 from bcoskit.training._folder import CHECKPOINT
 from bcoskit.training._module import Learner, seeded
 
@@ -44,9 +45,10 @@ class EpochShuffle(Sampler[int]):
 
 def fit(
     learner: Learner,
-    train_batches: "DataLoader[object]",
-    test_batches: "DataLoader[object]",
+    train_images: InMemoryImages,
+    test_images: InMemoryImages,
     *,
+    batch_size: int,
     out: Path,
     epochs: int,
     resumed: bool,
@@ -56,8 +58,9 @@ def fit(
 
     Args:
         learner: What is trained.
-        train_batches: Of one epoch.
-        test_batches: What is measured on after every epoch.
+        train_images: Of one epoch.
+        test_images: What is measured on.
+        batch_size: Images per step; the rest of an epoch that fills no batch is left out.
         out: Folder of the run.
         epochs: How many.
         resumed: Whether it goes on from the checkpoint in `out`.
@@ -66,6 +69,9 @@ def fit(
     Returns:
         What was measured after the last epoch, by names that begin with `test_`.
     """
+    order = EpochShuffle(len(train_images), learner.seed)
+    train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
+    test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
         trainer = _trainer(out, epochs, len(train_batches), measure_every)
         checkpoint = out / CHECKPOINT if resumed else None

@@ -8,12 +8,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
-from torch.utils.data import DataLoader, default_convert
 
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, cifar10, in_memory, open_dataset
 from bcoskit.models import Network, create_model, model_row, save_model
-from bcoskit.training._engine import EpochShuffle, can_compile, fit
+from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
 from bcoskit.training._module import Classifier
 
@@ -89,10 +88,18 @@ def train(
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
-    config = None
-    if from_ is not None:
+    tuning = {"weights": weights, "convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
+    if from_ is None:
+        usual = ("pretrained", "bcosification", None, False, 0.0)
+        vain = [name for (name, value), default in zip(tuning.items(), usual, strict=True) if value != default]
+        if vain:
+            raise ValueError(
+                f"`{vain[0]}` (={tuning[vain[0]]}) is for a network that is converted: give `from_` as well"
+            )
+        config = None
+    else:
         config = conversion(convert, b, learnable_b, gradual)
-        settings |= {"weights": weights, "convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
+        settings |= tuning
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     train_images, test_images = (_images(data, split, row.transform, download) for split in ("train", "test"))
@@ -106,8 +113,8 @@ def train(
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        given: bool | str = False if from_ is None else {"pretrained": True, "fresh": False}.get(weights, weights)
-        network = create_model(row.name, weights=given, num_classes=len(classes))
+        start = False if from_ is None else given(weights)
+        network = create_model(row.name, weights=start, num_classes=len(classes))
         moving = GradualConversion(network, config) if config is not None and gradual else None
         if moving is not None:
             network = moving.model
@@ -125,14 +132,18 @@ def train(
         gradual=moving,
         gradual_part=gradual,
     )
-    order = EpochShuffle(len(train_images), seed)
-    train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
-    test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
     write_settings(out, settings)
-    figures = fit(learner, train_batches, test_batches, out=out, epochs=epochs, resumed=bool(before))
+    figures = fit(
+        learner, train_images, test_images, batch_size=batch_size, out=out, epochs=epochs, resumed=bool(before)
+    )
     training = {**settings, **figures}
     save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
     return figures
+
+
+def given(weights: str) -> bool | str:
+    """What `create_model` takes for the word or the file of a command line."""
+    return {"pretrained": True, "fresh": False}.get(weights, weights)
 
 
 def conversion(name: Conversion, b: float | None, learnable_b: bool, gradual: float) -> BcosConfig | None:
