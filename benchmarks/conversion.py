@@ -5,8 +5,8 @@
 `--weights`: folder with `resnet20-12fca82f.th` and `resnet56-4bfd9763.th` (Idelbayev, BSD-2). Every run is one of
 `bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Writes
 `docs/results/conversion.*`: JSON, a table, and the curves. Images are CIFAR-10 (JPEG q75), on which the pretrained
-weights, of the original pixels, begin lower. While the conversion is gradual, in the first half of its epochs, what is
-measured is a network on its way, with an exponent below 2 and some of its biases.
+weights, of the original pixels, begin lower. While the conversion is gradual, in the first quarter of its epochs, what
+is measured is a network on its way, with an exponent below 2 and some of its biases.
 """
 
 import argparse
@@ -29,9 +29,9 @@ FROM_SCRATCH = "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10"
 def settings(weights: Path) -> dict[str, dict[str, Any]]:
     """The runs in the order in which they are made, by name."""
     runs: dict[str, dict[str, Any]] = {}
-    for depth, epochs in ((20, 4), (56, 4)):
-        common = {"from_": f"resnet{depth}.he_cifar10", "weights": str(weights / FILES[depth]), "epochs": epochs}
-        runs[f"resnet{depth} converted"] = {**common, "gradual": 0.5, "learning_rate": 1e-3}
+    for depth in FILES:
+        common = {"from_": f"resnet{depth}.he_cifar10", "weights": str(weights / FILES[depth]), "epochs": 12}
+        runs[f"resnet{depth} converted"] = {**common, "gradual": 0.25, "learning_rate": 2e-3}
         runs[f"resnet{depth} ordinary"] = {**common, "convert": "none", "learning_rate": 1e-3}
     runs["resnet20 from scratch"] = {"model": FROM_SCRATCH, "epochs": 60, "learning_rate": 1e-3}
     return runs

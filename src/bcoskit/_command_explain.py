@@ -22,8 +22,10 @@ from bcoskit import __version__
 from bcoskit._command_pictures import count_images, with_pictures
 from bcoskit._command_report import Report, cell, figures, probability
 from bcoskit._compile_explain import compile_explain
+from bcoskit._devices import device_named
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
+from bcoskit._fingerprint import fingerprint
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
@@ -92,7 +94,7 @@ def explain_images(
     if compile and shares:
         raise ValueError("`compile` (=True) needs `--no-shares`: constants are evaluated one image at a time")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    network = _Network.load(model, weights, _device(device))
+    network = _Network.load(model, weights, device_named(device))
     if top is None:
         top = min(_TOP, len(network.classes))
     if not 1 <= top <= len(network.classes):
@@ -113,18 +115,6 @@ def explain_images(
             else:
                 report.explained(outcome.path, outcome.picture, outcome.rows)
     return report.exit_code()
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        return torch.device(own if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` (={name!r}) cannot be used: {error}") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -188,13 +178,8 @@ class _Network:
 
     def fingerprint(self, **options: object) -> str:
         """Of all that decides what a picture shows: weights, layers, transform, classes and options."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         known = [__version__, str(self.model), asdict(self.transform), self.classes, self.loss, options]
-        digest.update(json_lines.dumps(known).encode())
-        return digest.hexdigest()
+        return fingerprint(self.model, json_lines.dumps(known))
 
     def probabilities(self, explanation: Explanation) -> Tensor:
         """Of the explained classes, (N, K); NaN if the outputs are no classes."""
@@ -229,13 +214,13 @@ def _read(
     path, picture = source
     image = None
     try:
-        fingerprint = _fingerprint(path, made_by)
+        own = _fingerprint(path, made_by)
         there = resume and (picture.with_suffix(".safetensors").is_file() or not save)
-        rows = _rows_of(picture, fingerprint) if there else None
+        rows = _rows_of(picture, own) if there else None
         if rows is not None:
             return _Done(path, picture, rows)
         image = read_image(path)
-        return _Item(path, picture, fingerprint, transform.view(image))
+        return _Item(path, picture, own, transform.view(image))
     except ImageError as error:
         return _Failure(path, str(error) if image is None else f"{path}: {error}")
 

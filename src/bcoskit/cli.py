@@ -51,6 +51,13 @@ def _audit() -> Callable[..., int]:
     return audit_model
 
 
+def _evaluate() -> Callable[..., int]:
+    try:
+        return importlib.import_module("bcoskit._command_evaluate").evaluate_model
+    except ModuleNotFoundError as error:
+        raise ImportError(f"evaluation needs {error.name}: pip install 'bcoskit[eval]'") from error
+
+
 def _models() -> Callable[..., int]:
     from bcoskit._command_models import show_models
 
@@ -76,6 +83,7 @@ COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
     "train": Command("Train a network on images, or fine-tune a converted one.", _train, configurable=True),
     "align": Command("Convert a network; it learns from the original, without labels.", _align, configurable=True),
+    "evaluate": Command("Measure accuracy and the quality of explanations.", _evaluate, ("model", "one"), True),
     "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),
     "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
 }
@@ -183,6 +191,9 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
             parser.add_argument(
                 f"--{parameter.name}", action=switch, default=parameter.default, help=helps[parameter.name]
             )
+            special.add(parameter.name)
+        if parameter.annotation == list[str] and parameter.name not in special:
+            parser.add_argument(f"--{parameter.name}", nargs="+", default=parameter.default, help=helps[parameter.name])
             special.add(parameter.name)
     parser.add_function_arguments(function, skip=special)
     return parser

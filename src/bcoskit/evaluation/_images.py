@@ -1,0 +1,67 @@
+"""What metrics of single images share: which images, and which class of each is explained."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bcoskit.evaluation._loop import stacked
+from bcoskit.evaluation._result import Row
+
+Explained: TypeAlias = Literal["predicted", "label"]
+"""Which class of an image is explained."""
+
+
+def drawn(dataset: Any, count: int | None, seed: int) -> Sequence[int]:
+    """Numbers of `count` images drawn at random, in ascending order; of all if `count` is None.
+
+    Raises:
+        ValueError: If there are none, or fewer.
+    """
+    total = len(dataset)
+    if total == 0:
+        raise ValueError("`dataset` holds no images")
+    if count is None:
+        return range(total)
+    if not 1 <= count <= total:
+        raise ValueError(f"`count` (={count}) must be between 1 and the number of images, {total}")
+    return sorted(int(index) for index in np.random.RandomState(seed).permutation(total)[:count])
+
+
+def inputs_and_targets(
+    model: nn.Module, dataset: Any, units: Sequence[int], explained: Explained
+) -> tuple[Tensor, Tensor]:
+    """A batch of encoded images (N, C, H, W), and the classes that are explained, (N,)."""
+    items = [dataset[index] for index in units]
+    x = stacked(model, [item[0] for item in items])
+    if explained == "label":
+        return x, torch.tensor([int(item[1]) for item in items], device=x.device)
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def check_explained(explained: str) -> None:
+    """Refuse another word.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if explained not in ("predicted", "label"):
+        raise ValueError(f"`explained` (={explained!r}) must be 'predicted' or 'label'")
+
+
+def image_rows(units: Sequence[int], target: Tensor, *columns: Mapping[str, Sequence[Any]]) -> list[list[Row]]:
+    """For each image one row per table of columns, each with as many values as there are images."""
+    return [
+        [
+            {
+                "image": int(unit),
+                "target": int(target[index]),
+                **{name: values[index] for name, values in table.items()},
+            }
+            for table in columns
+        ]
+        for index, unit in enumerate(units)
+    ]

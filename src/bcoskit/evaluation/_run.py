@@ -1,0 +1,211 @@
+"""A run of metrics and methods: resumable, over any number of processes, with the same rows in the end."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from bcoskit import __version__
+from bcoskit._files import unfinished_file
+from bcoskit._fingerprint import fingerprint
+from bcoskit.evaluation._accuracy import Accuracy
+from bcoskit.evaluation._loop import Metric, check_hopeful, chunks, measure_chunk, settings_of
+from bcoskit.evaluation._methods import name_of
+from bcoskit.evaluation._result import Failure, Result, Row
+
+SETTINGS, PARTS = "settings.json", "parts"
+_IMAGES_OF_ACCURACY = 512  # in one part
+
+Progress: TypeAlias = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One metric with one method, and the parts that it consists of."""
+
+    metric: Metric
+    method: Any
+    units: Sequence[Any]
+    parts: list[range]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric.name} of {name_of(self.method)}" if self.metric.needs_method else self.metric.name
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.json"
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    metrics: Sequence[Metric],
+    methods: Sequence[Any] = ("bcos",),
+    *,
+    out: Path,
+    name: str = "model",
+    batch_size: int = 1,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Measure metrics with methods on a dataset, and keep every row.
+
+    Predictions of all images come first. Each part of the work, `batch_size` units, is written to `out` when it is
+    done; a run that was broken off goes on with what is missing, and ends with the same rows. Several processes, as
+    `torchrun` starts them (`RANK`, `WORLD_SIZE`), share the parts and take over what another one has not done.
+
+    Args:
+        model: A network in evaluation mode.
+        dataset: A sequence of (encoded image, label), for `EnergyPointing` (encoded image, label, region).
+        metrics: What is measured, such as `GridPointing(count=100)`.
+        methods: Attribution methods, see `attribute`; each with each metric that needs one.
+        out: Folder of the run.
+        name: What the network is called in rows.
+        batch_size: Units, images or grids, that are measured at once; it decides rounding.
+        resume: Go on with the run in `out`, if there is one.
+        progress: Called as `progress(job, done, total)` for each metric and method.
+
+    Returns:
+        The results, in the order of metrics and methods, accuracy first.
+
+    Raises:
+        ValueError: If `out` holds another run, or one that is not to be resumed; as the metrics.
+    """
+    if model.training:
+        raise ValueError("`model` must be in evaluation mode: call `model.eval()` first")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
+    names = [name_of(method) for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`methods` (={names}) must be different")
+    wanted = [metric for metric in metrics if metric.name != Accuracy.name]
+    settings = {
+        "model": name,
+        "weights": fingerprint(model, str(model)),
+        "images": len(dataset),
+        "metrics": {metric.name: settings_of(metric) for metric in wanted},
+        "methods": names,
+        "batch_size": batch_size,
+        "versions": {"bcoskit": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    }
+    _begin(out, settings, resume)
+    first = _job(Accuracy(), None, model, dataset, (), out, _IMAGES_OF_ACCURACY)
+    results = [_worked(first, model, dataset, progress)]
+    for metric in wanted:
+        for method in methods if metric.needs_method else (None,):
+            job = _job(metric, method, model, dataset, results[0].rows, out, batch_size)
+            results.append(_worked(job, model, dataset, progress))
+    return results
+
+
+def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    file = out / SETTINGS
+    # The processes of a run begin at the same time: what another one has just written is no earlier run.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if file.exists():
+        if not resume and alone:
+            raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
+        try:
+            before = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read, so that the run cannot be resumed ({error})") from error
+        now = json.loads(json.dumps(settings))
+        changed = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
+        if changed:
+            raise ValueError(
+                f"`{changed[0]}` (={now[changed[0]]}) is not that of the run in {out}; resume it with the same "
+                "settings, or choose another folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / PARTS).is_dir():
+        raise ValueError(f"`out` (={str(out)!r}) must be a new folder, or that of an earlier run")
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _job(
+    metric: Metric, method: Any, model: nn.Module, dataset: Any, ranking: Sequence[Row], out: Path, size: int
+) -> _Job:
+    units = metric.units(model, dataset, ranking)
+    label = f"{metric.name}-{name_of(method)}" if metric.needs_method else metric.name
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", label)[:80]
+    if safe != label:
+        safe += "-" + hashlib.sha256(label.encode()).hexdigest()[:8]
+    folder = out / PARTS / safe
+    folder.mkdir(parents=True, exist_ok=True)
+    return _Job(metric, method, units, chunks(len(units), size), folder)
+
+
+def _worked(job: _Job, model: nn.Module, dataset: Any, progress: Progress | None) -> Result:
+    """Do what is missing of a job, the own share first, and collect all of it."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = range(rank, len(job.parts), processes)
+    others = [index for index in reversed(range(len(job.parts))) if index % processes != rank]
+    found: dict[int, tuple[list[Row], list[Failure]]] = {}
+    for index in (*share, *others):
+        part = _read_part(job.file(index))
+        if part is None:
+            part = measure_chunk(job.metric, model, dataset, job.units, job.parts[index], job.method)
+            _check(found, part, len(job.units))
+            _write_part(job.file(index), *part)
+        found[index] = part
+        if progress is not None:
+            progress(job.name, sum(len(job.parts[done]) for done in found), len(job.units))
+    rows = [row for index in sorted(found) for row in found[index][0]]
+    failures = [failure for index in sorted(found) for failure in found[index][1]]
+    check_hopeful(rows, failures, len(job.units))
+    method = name_of(job.method) if job.metric.needs_method else None
+    return Result(job.metric.name, method, tuple(rows), settings_of(job.metric), tuple(failures))
+
+
+def _check(
+    found: dict[int, tuple[list[Row], list[Failure]]], part: tuple[list[Row], list[Failure]], total: int
+) -> None:
+    every = [*found.values(), part]
+    check_hopeful([row for rows, _ in every for row in rows], [each for _, failed in every for each in failed], total)
+
+
+def _read_part(file: Path) -> tuple[list[Row], list[Failure]] | None:
+    """What an earlier run, or another process, has found; None if that is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+        return content["rows"], [Failure(**failure) for failure in content["failures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_part(file: Path, rows: list[Row], failures: list[Failure]) -> None:
+    write_text(file, json.dumps({"rows": rows, "failures": [asdict(failure) for failure in failures]}))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
+    unfinished = unfinished_file(file)
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def table_rows(results: Sequence[Result], settings: dict[str, Any]) -> Iterator[Row]:
+    """All rows of a run with what they were measured by: network, weights, metric, method, seed and versions."""
+    for result in results:
+        for row in result.rows:
+            yield {
+                "model": settings["model"],
+                "weights": settings["weights"],
+                "metric": result.metric,
+                "method": result.method,
+                "seed": result.settings.get("seed"),
+                **{f"{package}_version": version for package, version in settings["versions"].items()},
+                **row,
+            }

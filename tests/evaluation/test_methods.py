@@ -1,0 +1,253 @@
+"""Attribution methods: agreement with captum and with slow loops, many targets at once, nothing left behind."""
+
+from functools import partial
+
+import captum.attr
+import numpy as np
+import pytest
+import timm
+import torch
+from evaluation.toys import images, noise, patches, small
+
+import bcoskit
+from bcoskit.evaluation import METHODS, attribute, quantus_explain
+from bcoskit.evaluation.captum import BcosAttribution
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum", "ignore::UserWarning:torch")
+FEW = {"rise": {"count": 20}, "lime": {"count": 20}, "kernel_shap": {"count": 20}}
+X = torch.stack([x for x, _ in noise(2)])
+TARGET = torch.tensor([[0, 3], [2, 1]])
+
+
+def method(name):
+    return partial(METHODS[name], **FEW[name]) if name in FEW else name
+
+
+def of_captum(name, model, x, target):
+    """As captum's documentation has it, for one target per sample."""
+    model = small()  # captum sets hooks, which do not bear an activation in place
+    model.act1.inplace = False
+    x = x.clone().requires_grad_()
+    if name == "gradient":
+        return captum.attr.Saliency(model).attribute(x, target, abs=False)
+    if name == "input_x_gradient":
+        return captum.attr.InputXGradient(model).attribute(x, target)
+    if name == "integrated_gradients":
+        return captum.attr.IntegratedGradients(model).attribute(x, target=target, n_steps=50)
+    if name == "deep_lift":
+        return captum.attr.DeepLift(model).attribute(x, target=target)
+    if name == "guided_backprop":
+        return captum.attr.GuidedBackprop(model).attribute(x, target)
+    if name == "occlusion":
+        return captum.attr.Occlusion(model).attribute(x, (3, 5, 5), (3, 2, 2), target=target)
+    layer = captum.attr.LayerGradCam(model, model.act2)
+    return captum.attr.LayerAttribution.interpolate(layer.attribute(x, target, relu_attributions=True), (8, 8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gradient", "input_x_gradient", "integrated_gradients", "deep_lift", "guided_backprop", "grad_cam", "occlusion"],
+)
+def test_agreement_with_captum(name):
+    found = attribute(small(), X, TARGET, name)
+    for k in range(2):
+        expected = of_captum(name, small(), X, TARGET[:, k]).sum(1)
+        torch.testing.assert_close(found[:, k], expected.detach(), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found[:, 1 - k], expected)
+
+
+def test_ours_is_explain():
+    model = patches()
+    x = torch.stack([x for x, _ in images(3)])
+    assert torch.equal(attribute(model, x, [0, 1, 2]), bcoskit.explain(model, x, [0, 1, 2]).contributions)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_several_targets_are_targets_one_by_one(name):
+    model = small()
+    together = attribute(model, X, TARGET, method(name))
+    assert together.shape == (2, 2, 8, 8)
+    for k in range(2):
+        torch.testing.assert_close(attribute(model, X, TARGET[:, k], method(name)), together[:, k])
+        for n in range(2):
+            alone = attribute(model, X[n : n + 1], int(TARGET[n, k]), method(name))
+            torch.testing.assert_close(alone[0], together[n, k], rtol=1e-4, atol=1e-6)
+
+
+def state_of(model):
+    return {
+        "training": [module.training for module in model.modules()],
+        "inplace": [getattr(module, "inplace", None) for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._backward_hooks) + len(module._forward_pre_hooks)
+                  for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "grads": [parameter.grad for parameter in model.parameters()],
+        "requires": [parameter.requires_grad for parameter in model.parameters()],
+        "values": [parameter.detach().clone() for parameter in model.parameters()],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_left_behind(name):
+    model, x = small(), X.clone()
+    before, random = state_of(model), torch.get_rng_state()
+    attribute(model, x, TARGET, method(name))
+    with pytest.raises((ValueError, IndexError, AssertionError)):
+        attribute(model, x, [[7], [9]], method(name))
+    after = state_of(model)
+    for key in set(before) - {"values"}:
+        assert before[key] == after[key], key
+    assert all(torch.equal(a, b) for a, b in zip(before["values"], after["values"], strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(x, X)
+    assert not x.requires_grad
+
+
+def test_rise_is_a_slow_loop():
+    model = patches()
+    x = torch.stack([x for x, _ in images(2)])
+    found = attribute(model, x, [[0, 1], [1, 2]], partial(METHODS["rise"], count=7, cells=2, batch_size=7))
+    generator = torch.Generator().manual_seed(42)
+    grids = (torch.rand(7, 1, 2, 2, generator=generator) < 0.1).float()
+    tops = torch.randint(2, (7,), generator=generator)
+    lefts = torch.randint(2, (7,), generator=generator)
+    expected = torch.zeros(2, 2, 4, 4)
+    for index in range(7):
+        large = torch.nn.functional.interpolate(grids[index][None], (6, 6), mode="bilinear")[0, 0]
+        mask = large[tops[index] : tops[index] + 4, lefts[index] : lefts[index] + 4]
+        for n in range(2):
+            p = torch.sigmoid(model((x[n] * mask)[None])[0])
+            for k, target in enumerate([[0, 1], [1, 2]][n]):
+                expected[n, k] += p[target] * mask / (7 * 0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def bright_corner():
+    """An image with a bright corner on a darker ground, and a network that looks at the corner only."""
+
+    class Corner(torch.nn.Module):
+        def forward(self, x):
+            seen = x[:, 0, :8, :8].mean((1, 2))
+            return torch.stack([8 * seen - 3, -8 * seen], 1)
+
+    x = torch.full((1, 3, 16, 16), 0.2)
+    x[:, :, :8, :8] = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    return Corner().eval(), x
+
+
+def test_lime_shows_the_segment_that_counts():
+    model, x = bright_corner()
+    shown = attribute(model, x, 0, partial(METHODS["lime"], features=1))[0]
+    assert shown[:8, :8].min() == 1
+    assert shown.sum() == 64
+    assert attribute(model, x, 1, partial(METHODS["lime"], features=1))[0, :8, :8].max() == 0
+
+
+def test_kernel_shap_has_shapley_values():
+    """The network sees one segment alone, whose Shapley value is the whole difference, and 0 for the others."""
+    model, x = bright_corner()
+    x[:, :, 2, 2] = 0.5  # so that the mean colour of the segment is another one
+    values = attribute(model, x, 0, "kernel_shap")[0]
+    from bcoskit.evaluation._methods import _means, _segments
+
+    segments = _segments(x[0], 4)
+    hidden = _means(x[0], segments, int(segments.max()) + 1)[None]
+    assert torch.allclose(hidden[0, :, 0, 0], x[0, :, :8, :8].mean((1, 2)))
+    difference = float(model(x).sigmoid()[0, 0] - model(hidden).sigmoid()[0, 0])
+    assert values[0, 0].item() == pytest.approx(difference, abs=1e-4)
+    assert values[12, 12].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_functions_and_attributions_of_captum_plug_in():
+    model = small()
+    seen = []
+
+    def function(model, x, target):
+        seen.append(target.tolist())
+        return (x * x).requires_grad_()
+
+    assert torch.equal(attribute(model, X, TARGET, function), (X * X).sum(1)[:, None].expand(2, 2, 8, 8))
+    assert seen == [[0, 2], [3, 1]]
+    expected = attribute(model, X, TARGET, "input_x_gradient")
+    torch.testing.assert_close(attribute(model, X, TARGET, captum.attr.InputXGradient), expected)
+    torch.testing.assert_close(attribute(model, X, TARGET, captum.attr.InputXGradient(model)), expected)
+    assert not torch.allclose(attribute(model, X, TARGET, captum.attr.Saliency), expected)
+
+
+def test_ours_plugs_into_captum():
+    model = patches()
+    x = torch.stack([x for x, _ in images(2)])
+    found = BcosAttribution(model).attribute(x, target=torch.tensor([0, 1]))
+    torch.testing.assert_close(found.sum((1, 2, 3)), model(x)[torch.arange(2), torch.tensor([0, 1])])
+    assert not BcosAttribution(model).has_convergence_delta()
+    tunnel = captum.attr.NoiseTunnel(BcosAttribution(model))
+    smooth = tunnel.attribute(x, nt_samples=2, nt_type="smoothgrad", stdevs=0.0, target=torch.tensor([0, 1]))
+    torch.testing.assert_close(smooth, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ours_plugs_into_quantus():
+    import quantus
+
+    model = patches()
+    x = torch.stack([x for x, _ in images(4)]).numpy()
+    labels = np.arange(4)
+    maps = quantus_explain(model, x, labels)
+    assert maps.shape == (4, 1, 4, 4)
+    assert np.allclose(maps[:, 0], x[np.arange(4), labels] * 6 / 16)
+    complete = quantus.Completeness(output_func=lambda y: y, disable_warnings=True, abs=False)
+    scores = complete(model, x, labels, explain_func=quantus_explain, a_batch=None, batch_size=4)
+    assert all(scores)
+    wrong = complete(
+        model, x, labels, explain_func=quantus_explain, explain_func_kwargs={"method": "gradient"}, batch_size=4
+    )
+    assert not all(wrong)
+
+
+def test_grad_cam_needs_maps():
+    transformer = timm.create_model("test_vit", num_classes=4).eval()
+    x = torch.rand(1, 3, 160, 160)
+    with pytest.raises(ValueError, match="grad_cam.*needs a layer with maps"):
+        attribute(transformer, x, 0, "grad_cam")
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
+    with pytest.raises(ValueError, match="no layer returns maps"):
+        attribute(flat, X, 0, "grad_cam")
+    with pytest.raises(ValueError, match="no layer of the network"):
+        attribute(small(), X, 0, partial(METHODS["grad_cam"], layer="nothing"))
+    early = attribute(small(), X, 0, partial(METHODS["grad_cam"], layer="act1"))
+    assert not torch.allclose(early, attribute(small(), X, 0, "grad_cam"))
+
+
+def test_grad_cam_of_a_network_by_name_reads_its_last_stage():
+    from bcoskit.evaluation._methods import last_map
+
+    model = bcoskit.create_model("resnet20.bcos_cifar10")
+    assert last_map(model.eval(), torch.rand(1, 6, 32, 32)) == model.stage_names[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "saliency"}, ValueError, "unknown; there are: bcos, gradient"),
+        ({"method": 3}, TypeError, "must be a name, a function"),
+        ({"method": lambda m, x, t: x[:, 0, :2]}, ValueError, "of shape"),
+        ({"method": lambda m, x, t: None}, TypeError, "must return a tensor"),
+        ({"method": lambda m, x, t: x[:, 0] * torch.nan}, ValueError, "not finite"),
+        ({"target": 1.5}, TypeError, "class indices"),
+        ({"target": [0, 1, 2]}, ValueError, "3 rows for 2 samples"),
+        ({"target": -1}, ValueError, "negative"),
+        ({"target": 9, "method": "gradient"}, ValueError, "out of range"),
+        ({"x": X[0]}, ValueError, "must be images"),
+        ({"method": partial(METHODS["occlusion"], window=99)}, ValueError, "`window`"),
+        ({"method": partial(METHODS["occlusion"], stride=9)}, ValueError, "`stride`"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    given = {"x": X, "target": 0, "method": "bcos"} | arguments
+    with pytest.raises(error, match=message):
+        attribute(small(), **given)
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(ValueError, match="evaluation mode"):
+        attribute(small().train(), X, 0, "gradient")
