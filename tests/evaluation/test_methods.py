@@ -123,39 +123,36 @@ def test_rise_is_a_slow_loop():
 
 
 def bright_corner():
-    """An image with a bright corner on a darker ground, and a network that looks at the corner only."""
+    """An image with a bright corner on a darker ground, two segments, and a network that looks at the corner only."""
 
     class Corner(torch.nn.Module):
         def forward(self, x):
-            seen = x[:, 0, :8, :8].mean((1, 2))
+            seen = x[:, 0, 4:8, 4:8].mean((1, 2))
             return torch.stack([8 * seen - 3, -8 * seen], 1)
 
-    x = torch.full((1, 3, 16, 16), 0.2)
-    x[:, :, :8, :8] = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    x = torch.full((1, 3, 48, 48), 0.2)
+    x[:, :, :24, :24] = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    x[:, :, 4:8, 4:8] += 0.1  # so that the mean colour of the segment is another one
     return Corner().eval(), x
 
 
 def test_lime_shows_the_segment_that_counts():
     model, x = bright_corner()
-    shown = attribute(model, x, 0, partial(METHODS["lime"], features=1))[0]
-    assert shown[:8, :8].min() == 1
-    assert shown.sum() == 64
-    assert attribute(model, x, 1, partial(METHODS["lime"], features=1))[0, :8, :8].max() == 0
+    shown = attribute(model, x, [[0, 1]], partial(METHODS["lime"], features=1))[0]
+    assert shown[0, :24, :24].min() == 1
+    assert shown[0].sum() == 24**2
+    assert shown[1, :24, :24].max() == 0
 
 
 def test_kernel_shap_has_shapley_values():
-    """The network sees one segment alone, whose Shapley value is the whole difference, and 0 for the others."""
+    """The network sees one segment alone, whose Shapley value is the whole difference, and 0 for the other."""
     model, x = bright_corner()
-    x[:, :, 2, 2] = 0.5  # so that the mean colour of the segment is another one
-    values = attribute(model, x, 0, "kernel_shap")[0]
-    from bcoskit.evaluation._methods import _means, _segments
-
-    segments = _segments(x[0], 4)
-    hidden = _means(x[0], segments, int(segments.max()) + 1)[None]
-    assert torch.allclose(hidden[0, :, 0, 0], x[0, :, :8, :8].mean((1, 2)))
-    difference = float(model(x).sigmoid()[0, 0] - model(hidden).sigmoid()[0, 0])
-    assert values[0, 0].item() == pytest.approx(difference, abs=1e-4)
-    assert values[12, 12].item() == pytest.approx(0, abs=1e-4)
+    hidden = x.clone()
+    hidden[:, :, :24, :24] = x[:, :, :24, :24].mean((2, 3), keepdim=True)
+    difference = (model(x).sigmoid() - model(hidden).sigmoid())[0]
+    values = attribute(model, x, [[0, 1]], "kernel_shap")[0]
+    assert values[:, 0, 0].tolist() == pytest.approx(difference.tolist(), abs=1e-4)
+    assert values[:, 40, 40].tolist() == pytest.approx([0, 0], abs=1e-4)
 
 
 def test_functions_and_attributions_of_captum_plug_in():
@@ -189,19 +186,16 @@ def test_ours_plugs_into_captum():
 def test_ours_plugs_into_quantus():
     import quantus
 
-    model = patches()
-    x = torch.stack([x for x, _ in images(4)]).numpy()
+    model = patches(scale=8)
+    x = torch.stack([x for x, _ in images(4, strength=0.5)]).numpy()  # whose sums are exact, as Quantus wants them
     labels = np.arange(4)
     maps = quantus_explain(model, x, labels)
-    assert maps.shape == (4, 1, 4, 4)
-    assert np.allclose(maps[:, 0], x[np.arange(4), labels] * 6 / 16)
-    complete = quantus.Completeness(output_func=lambda y: y, disable_warnings=True, abs=False)
-    scores = complete(model, x, labels, explain_func=quantus_explain, a_batch=None, batch_size=4)
-    assert all(scores)
-    wrong = complete(
-        model, x, labels, explain_func=quantus_explain, explain_func_kwargs={"method": "gradient"}, batch_size=4
-    )
-    assert not all(wrong)
+    assert np.allclose(maps.sum(1), x[np.arange(4), labels] * 8 / 16)
+    complete = quantus.Completeness(output_func=lambda y: y, disable_warnings=True, abs=False, normalise=False)
+    options = {"batch_size": 4, "channel_first": True}
+    assert all(complete(model, x, labels, explain_func=quantus_explain, **options))
+    wrong = complete(model, x, labels, explain_func=lambda **given: 2 * quantus_explain(**given), **options)
+    assert not any(wrong)
 
 
 def test_grad_cam_needs_maps():

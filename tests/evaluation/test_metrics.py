@@ -34,7 +34,7 @@ class Weighted(nn.Module):
 
     def forward(self, x):
         logit = (x[:, 0] * self.weight).sum((1, 2))
-        return torch.stack([logit, -logit], 1)
+        return torch.stack([logit, torch.zeros_like(logit)], 1)
 
 
 def sigmoid(values):
@@ -56,7 +56,7 @@ MAP = torch.tensor([[[8.0, 4.0], [2.0, 1.0]]])
     ],
 )
 def test_curves_of_a_network_that_is_known(options, logits):
-    curve = perturbation_curve(Weighted(), ONES / 4, torch.tensor([0]), MAP, steps=4, **options)
+    curve = perturbation_curve(Weighted().eval(), ONES / 4, torch.tensor([0]), MAP, steps=4, **options)
     np.testing.assert_allclose(curve[0].detach(), sigmoid(np.array(logits) / 4), rtol=1e-6)
 
 
@@ -82,16 +82,20 @@ def test_the_right_map_is_better_than_the_reversed_one(metric, good_is_low):
 def test_deletion_is_pixel_flipping_of_quantus():
     import quantus
 
-    model, data = Weighted(), [(torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(i)), 0) for i in range(3)]
+    model, data = (
+        Weighted().eval(),
+        [(torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(i)), 0) for i in range(3)],
+    )
     x = torch.stack([x for x, _ in data])
     curves = deletion(model, data, "input_x_gradient", steps=4, explained="label")
     flipping = quantus.PixelFlipping(
-        features_in_step=1, perturb_baseline=0.0, abs=False, normalise=False, disable_warnings=True, softmax=False,
-        output_func=sigmoid,
+        features_in_step=1, perturb_baseline=0.0, abs=False, normalise=False, disable_warnings=True
     )  # fmt: skip
-    theirs = flipping(model, x.numpy(), np.zeros(3, int), a_batch=(x * model.weight).detach().numpy(), softmax=False)
+    theirs = flipping(
+        model, x.numpy(), np.zeros(3, int), a_batch=(x * model.weight).detach().numpy(), channel_first=True
+    )
     ours = np.array([row["curve"] for row in curves.rows])
-    np.testing.assert_allclose(ours[:, 1:], sigmoid(np.array(theirs)), rtol=1e-5)
+    np.testing.assert_allclose(ours[:, 1:], np.array(theirs), rtol=1e-5)
 
 
 def test_images_are_drawn_by_the_seed():
@@ -175,12 +179,16 @@ def test_stability_is_the_max_sensitivity_of_captum():
     ours = stability(model, data, "gradient", draws=4, explained="label")
     draws = iter(range(4))
 
-    def disturbed(inputs, **_):
+    def disturbed(inputs):
         return _noisy(x, range(3), 0.02, (42, next(draws)))
 
+    def explained(inputs, target):
+        if isinstance(inputs, tuple):
+            return (explained(inputs[0], target),)
+        return attribute(model, inputs.detach(), target, "gradient")
+
     theirs = captum.metrics.sensitivity_max(
-        lambda inputs, target: attribute(model, inputs[0].detach(), target, "gradient"),
-        x, perturb_func=disturbed, n_perturb_samples=4, max_examples_per_batch=3, target=target,
+        explained, x, perturb_func=disturbed, n_perturb_samples=4, max_examples_per_batch=3, target=target,
     )  # fmt: skip
     found = [row["score"] for row in ours.rows if row["kind"] == "noise"]
     np.testing.assert_allclose(found, theirs, rtol=1e-5)

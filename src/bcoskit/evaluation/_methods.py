@@ -159,18 +159,21 @@ def integrated_gradients(
 
 def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """DeepLIFT from zeros (Shrikumar et al., ICML 2017) by captum: differences pass activations by the rescale rule."""
-    return _hooked(_captum().DeepLift(_copy(model)), x, target)
+    return _hooked(_captum().DeepLift, model, x, target)
 
 
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive."""
-    return _hooked(_captum().GuidedBackprop(_copy(model)), x, target)
+    return _hooked(_captum().GuidedBackprop, model, x, target)
 
 
-def _hooked(engine: Any, x: Tensor, target: Tensor) -> Tensor:
+def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    def one(copied: nn.Module, start: Tensor, classes: Tensor) -> Tensor:
+        return engine(_Chosen(copied, classes[:, None])).attribute(start, target=0)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"captum\.")  # that it sets hooks, which it does on our copy
-        return _each_target(lambda _, start, classes: engine.attribute(start, target=classes), engine.model, x, target)
+        return _each_target(one, _copy(model), x, target)
 
 
 def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None = None) -> Tensor:
@@ -192,9 +195,11 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None =
         chosen = whole.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"`layer` (={path!r}) is no layer of the network") from error
-    engine = attr.LayerGradCam(whole, chosen)
     start = x.detach().clone().requires_grad_()
-    maps = [engine.attribute(start, target=column, relu_attributions=True) for column in target.unbind(1)]
+    maps = [
+        attr.LayerGradCam(_Chosen(whole, column), chosen).attribute(start, target=0, relu_attributions=True)
+        for column in target.split(1, 1)
+    ]
     if maps[0].ndim != 4:
         raise ValueError(f"`layer` (={path!r}) has no maps, but {tuple(maps[0].shape)}: Grad-CAM needs (N, C, H, W)")
     return F.interpolate(torch.cat(maps, 1).detach(), x.shape[-2:], mode="nearest")
@@ -407,18 +412,22 @@ def _by_segments(
         for sample, classes in zip(x, target, strict=True):
             segments = _segments(sample, kernel_size)
             number = int(segments.max()) + 1
+            hidden = _means(sample, segments, number)[None]
             forward = _Replayed(model, classes)
             for _ in classes:
-                torch.manual_seed(seed)
-                weights = engine(forward).attribute(
-                    sample[None],
-                    baselines=_means(sample, segments, number)[None],
-                    feature_mask=segments[None, None],
-                    n_samples=count,
-                    perturbations_per_eval=batch_size,
-                    return_input_shape=False,
-                )
-                maps.append(shown(weights.flatten().to(x))[segments] if number > 1 else torch.zeros_like(sample[0]))
+                if number == 1:  # there is nothing to compare: all that is hidden counts
+                    weights = forward(sample[None]) - forward(hidden)
+                else:
+                    torch.manual_seed(seed)
+                    weights = engine(forward).attribute(
+                        sample[None],
+                        baselines=hidden,
+                        feature_mask=segments[None, None],
+                        n_samples=count,
+                        perturbations_per_eval=batch_size,
+                        return_input_shape=False,
+                    )
+                maps.append(shown(weights.flatten().to(x))[segments])
                 forward.next_target()
     return torch.stack(maps).unflatten(0, tuple(target.shape))
 

@@ -7,27 +7,27 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from bcoskit.evaluation._methods import attribute
+from bcoskit._explain import explain
 
 
 def quantus_explain(
-    model: nn.Module, inputs: npt.ArrayLike, targets: npt.ArrayLike, *, method: Any = "bcos", **_: Any
-) -> npt.NDArray[Any]:
-    """Contributions as a function that metrics of Quantus take for `explain_func`.
+    model: nn.Module, inputs: npt.ArrayLike, targets: npt.ArrayLike, **_: Any
+) -> npt.NDArray[np.floating[Any]]:
+    """The contributions of all entries, as a function that metrics of Quantus take for `explain_func`.
 
     Args:
         model: A network in evaluation mode.
-        inputs: Inputs (N, C, H, W).
+        inputs: Inputs (N, *shape).
         targets: Classes (N,).
-        method: Attribution method, see `attribute`.
 
     Returns:
-        Contributions (N, 1, H, W).
+        Contributions (N, *shape). They add up to the logit, but for the share of constants.
 
     Raises:
-        ValueError: As `attribute`.
+        ValueError: As `bcoskit.explain`.
     """
     parameter = next(model.parameters())
     x = torch.as_tensor(np.asarray(inputs)).to(parameter.device, parameter.dtype)
     classes = torch.as_tensor(np.asarray(targets)).to(parameter.device, torch.int64)
-    return attribute(model, x, classes, method)[:, None].cpu().numpy()
+    found = explain(model, x, classes)
+    return (found.weights * found.x).cpu().numpy()

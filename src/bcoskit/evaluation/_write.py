@@ -183,7 +183,7 @@ def example_sheet(
         units.append(min(means.keys() - units, key=lambda unit, value=value: (abs(means[unit] - value), unit)))
     figure = _grid_figure(len(units), len(methods) + 1)
     axes = figure.subplots(len(units), len(methods) + 1, squeeze=False)
-    for line, unit, percentile in zip(axes, units, percentiles, strict=True):
+    for line, unit, percentile in zip(axes, units, percentiles[: len(units)], strict=True):
         rows = by_unit[unit]
         row = min(rows, key=lambda each: abs(each["score"] - means[unit]))
         cells = stacked(model, [dataset[each["image"]][0] for each in rows])

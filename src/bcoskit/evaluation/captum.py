@@ -3,6 +3,7 @@
 from typing import Any
 
 from captum.attr import Attribution
+from captum.log import log_usage
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
@@ -20,6 +21,7 @@ class BcosAttribution(Attribution):
     def __init__(self, forward_func: nn.Module) -> None:
         super().__init__(forward_func)
 
+    @log_usage()  # captum's own attributions that wrap others ask for what it adds
     def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:  # type: ignore[override]
         """The contributions of all entries.
 

@@ -1,0 +1,290 @@
+"""Runs: resumed after any part, shared by processes, with the same rows; the command line; wrong data."""
+
+import json
+import os
+import shutil
+from importlib.resources import files
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from evaluation.toys import images, noise, patches, small
+from PIL import Image
+
+from bcoskit.cli import main
+from bcoskit.evaluation import (
+    Completeness,
+    EnergyPointing,
+    GridPointing,
+    Perturbation,
+    Randomization,
+    Stability,
+    evaluate,
+    write_results,
+)
+
+METRICS = (GridPointing(grid=2, count=3), Perturbation("deletion", steps=4, count=5))
+METHODS = ("bcos", "rise")
+
+
+class Interrupted(BaseException):
+    """As a kill is: nobody catches it."""
+
+
+def run(out, **options):
+    return evaluate(patches(), images(), METRICS, METHODS, out=out, **options)
+
+
+def rows_of(results):
+    return [(result.metric, result.method, list(result.rows)) for result in results]
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_rows(tmp_path):
+    whole = run(tmp_path / "whole")
+    broken = tmp_path / "broken"
+    for after in (1, 3, 6, 11):
+        done = []
+
+        def stop(job, *_, done=done, after=after):
+            done.append(job)
+            if len(done) > after:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run(broken, resume=True, progress=stop)
+    resumed = run(broken, resume=True)
+    assert rows_of(resumed) == rows_of(whole)
+    for folder in (tmp_path / "whole", broken):
+        write_results(run(folder, resume=True), folder)
+    assert (broken / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
+    assert pq.read_table(broken / "rows.parquet").equals(pq.read_table(tmp_path / "whole" / "rows.parquet"))
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(GridPointing, "measure", None)
+    monkeypatch.setattr(Perturbation, "measure", None)
+    assert rows_of(run(tmp_path, resume=True))
+    damaged = next((tmp_path / "parts" / "grid_pointing-rise").iterdir())
+    damaged.write_text(damaged.read_text()[:20])
+    with pytest.raises(TypeError):
+        run(tmp_path, resume=True)
+
+
+def test_processes_share_the_parts(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    done = {}
+    original = GridPointing.measure
+
+    def counted(self, model, dataset, units, method):
+        done.setdefault(os.environ["RANK"], []).append(method)
+        if os.environ["RANK"] == "0" and len(done["0"]) == 3:
+            raise Interrupted
+        return original(self, model, dataset, units, method)
+
+    monkeypatch.setattr(GridPointing, "measure", counted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "shared")
+    monkeypatch.setenv("RANK", "1")  # takes over what the other one, which was killed, has not done
+    assert rows_of(run(tmp_path / "shared")) == rows_of(whole)
+    assert done["0"] == ["bcos"] * 3
+    assert sorted(done["1"]) == ["bcos", "rise", "rise", "rise"]
+
+
+def test_another_run_is_refused(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tmp_path / "run")
+    with pytest.raises(ValueError, match="`batch_size`.* is not that of the run"):
+        run(tmp_path / "run", resume=True, batch_size=2)
+    with pytest.raises(ValueError, match="`weights`"):
+        evaluate(patches(scale=5), images(), METRICS, METHODS, out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="must be a new folder"):
+        run(tmp_path / "other")
+    with pytest.raises(ValueError, match="must be different"):
+        evaluate(patches(), images(), METRICS, ("bcos", "bcos"), out=tmp_path / "new")
+    with pytest.raises(ValueError, match="evaluation mode"):
+        evaluate(patches().train(), images(), METRICS, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+class Holes:
+    """Images of which one cannot be read, and one has another size."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise OSError("damaged")
+        x, label = images()[index]
+        return (x.repeat(1, 2, 2), label) if index == 4 else (x, label)
+
+
+def test_a_failing_image_does_not_lose_the_run(tmp_path):
+    results = evaluate(patches(), Holes(), METRICS, out=tmp_path, batch_size=4)
+    accuracy, pointing, deleted = results
+    assert [failure.unit for failure in accuracy.failures] == [3]
+    assert accuracy.failures[0].reason == "damaged"
+    assert len(accuracy.rows) == 19
+    assert 3 not in {row["image"] for row in pointing.rows}
+    assert len(deleted.rows) + len(deleted.failures) == 5
+    summary = write_results(results, tmp_path)
+    assert summary["failures"][0] == {"metric": "accuracy", "method": None, "unit": 3, "reason": "damaged"}
+
+
+def test_a_method_that_never_works_is_told_at_once(tmp_path):
+    calls = []
+
+    def broken(model, x, target):
+        calls.append(len(x))
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        evaluate(patches(), images(), (Perturbation("deletion"),), (broken,), out=tmp_path)
+    assert len(calls) == 5
+
+
+def test_rows_say_what_they_were_measured_by(tmp_path):
+    every = (
+        *METRICS,
+        Randomization(count=2),
+        Stability(draws=2, count=2),
+        Completeness(count=2),
+        Perturbation("insertion", insert=True, baseline="blur", steps=2, count=2),
+    )
+    data = [(x[:5], label) for x, label in images()]
+    results = evaluate(patches(), data, every, out=tmp_path, name="patches")
+    summary = write_results(results, tmp_path)
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == len(lines) == sum(len(result.rows) for result in results)
+    for row, line in zip(rows, lines, strict=True):
+        assert {key: value for key, value in row.items() if value is not None} == {
+            key: value for key, value in line.items() if value is not None
+        }
+        assert row["model"] == "patches"
+        assert row["weights"] == summary["weights"]
+        assert row["torch_version"] == torch.__version__
+    pointing = [row for row in rows if row["metric"] == "grid_pointing"]
+    assert [row["seed"] for row in pointing] == [42] * 12
+    line = next(line for line in summary["results"] if line["metric"] == "grid_pointing")
+    assert line["median"] == 1.0
+    assert line["count"] == 12
+    assert "| grid_pointing | bcos | 12 | 1 | 1 to 1 |" in (tmp_path / "summary.md").read_text()
+    for name in ("grid_pointing.png", "deletion.png", "deletion_curves.png", "stability.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 300
+
+
+def test_intervals_are_bootstraps_of_units():
+    result = evaluate_small()
+    low, high = result.interval()
+    assert low <= result.median <= high
+    assert result.interval() == (low, high)
+    assert result.interval(0.5)[0] >= low
+    assert result.interval(seed=1) != (low, high)
+    with pytest.raises(ValueError, match="`level`"):
+        result.interval(1.5)
+
+
+def evaluate_small():
+    from bcoskit.evaluation import deletion
+
+    return deletion(small(), noise(30), "input_x_gradient", steps=4)
+
+
+def test_energy_pointing_in_a_run(tmp_path):
+    data = [(x, label, torch.tensor([[0, 0, 4, 2]])) for x, label in images()]
+    results = evaluate(patches(), data, (EnergyPointing(),), out=tmp_path)
+    assert results[1].scores.tolist() == pytest.approx([0.5] * 20)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """The photographs that ship, in folders by class."""
+    for path in (files("bcoskit.assets") / "photographs").iterdir():
+        name = path.name.partition(".")[0]
+        if path.name.endswith(".jpg") and name != "chelsea":
+            folder = tmp_path / "data" / "test" / name
+            folder.mkdir(parents=True)
+            with Image.open(path) as image:
+                image.save(folder / "photograph.png")
+    return tmp_path / "data"
+
+
+def test_the_command(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--out", str(out), "--count", "1"]
+    arguments += ["--grid", "2", "--metrics", "grid_pointing", "completeness", "--methods", "bcos,gradient"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "10 images: top-1" in printed.out
+    assert "grid_pointing" in printed.out
+    with Image.open(out / "grid_pointing_examples.png") as picture:
+        assert picture.width > 300
+    assert main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["accuracy"]["top1"] > 0.5
+    assert {line["method"] for line in summary["results"]} == {"bcos", "gradient"}
+    exact = next(line for line in summary["results"] if (line["metric"], line["method"]) == ("completeness", "bcos"))
+    assert exact["median"] < 1e-5
+
+
+def test_the_command_with_boxes(photographs, tmp_path, capsys):
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps([[[0, 0, 32, 32]]] * 9 + [[[0, 0, 99, 32]]]))
+    arguments = ["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--metrics", "energy_pointing"]
+    arguments += ["--out", str(tmp_path / "out"), "--boxes", str(boxes)]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "energy_pointing, unit 9: the box (0, 0, 99, 32)" in printed.err
+    boxes.write_text("[")
+    assert main([*arguments, "--resume"]) == 2
+    assert "is no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics", "nothing"], "`metrics` (=['nothing']) must be of: accuracy, grid_pointing"),
+        (["--methods", "nothing"], "`methods`"),
+        (["--metrics", "energy_pointing"], "`boxes`"),
+        (["--grid", "1"], "`grid`"),
+        (["--count", "500"], "`count` (=500)"),
+        (["--smooth", "4"], "`smooth`"),
+        (["--batch-size", "0"], "`batch_size`"),
+        (["--device", "nothing"], "`device`"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options(photographs, tmp_path, capsys, arguments, message):
+    given = [
+        "evaluate",
+        "resnet20.bcos_cifar10",
+        "--data",
+        str(photographs),
+        "--out",
+        str(tmp_path / "out"),
+        *arguments,
+    ]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bcoskit: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_data_of_other_classes(photographs, tmp_path, capsys):
+    shutil.copytree(photographs / "test" / "cat", photographs / "test" / "eleventh")
+    assert main(["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--out", str(tmp_path / "o")]) == 2
+    assert "has 11 classes, the network 10" in capsys.readouterr().err
