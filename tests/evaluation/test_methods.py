@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from evaluation.toys import images, noise, patches, small
 
 import bcoskit
 from bcoskit.evaluation import METHODS, attribute, quantus_explain
 from bcoskit.evaluation.captum import BcosAttribution
+from evaluation.toys import images, noise, patches, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum", "ignore::UserWarning:torch")
 FEW = {"rise": {"count": 20}, "lime": {"count": 20}, "kernel_shap": {"count": 20}}
@@ -201,7 +201,7 @@ def test_ours_plugs_into_quantus():
 def test_grad_cam_needs_maps():
     transformer = timm.create_model("test_vit", num_classes=4).eval()
     x = torch.rand(1, 3, 160, 160)
-    with pytest.raises(ValueError, match="grad_cam.*needs a layer with maps"):
+    with pytest.raises(ValueError, match=r"grad_cam.*needs a layer with maps"):
         attribute(transformer, x, 0, "grad_cam")
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
     with pytest.raises(ValueError, match="no layer returns maps"):

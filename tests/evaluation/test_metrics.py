@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from evaluation.toys import images, noise, patches, small
 from torch import nn
 
 import bcoskit
@@ -23,6 +22,7 @@ from bcoskit.evaluation import (
     spearman,
     stability,
 )
+from evaluation.toys import images, noise, patches, small
 
 
 class Weighted(nn.Module):

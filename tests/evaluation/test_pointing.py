@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from evaluation.toys import images, patches
 
 import bcoskit
 from bcoskit.evaluation import accuracy, choose_grids, energy_pointing_game, grid_pointing_game, grid_scores, make_grid
+from evaluation.toys import images, patches
 
 
 def own_cell(sign):

@@ -8,7 +8,6 @@ from importlib.resources import files
 import pyarrow.parquet as pq
 import pytest
 import torch
-from evaluation.toys import images, noise, patches, small
 from PIL import Image
 
 from bcoskit.cli import main
@@ -22,6 +21,7 @@ from bcoskit.evaluation import (
     evaluate,
     write_results,
 )
+from evaluation.toys import images, noise, patches, small
 
 METRICS = (GridPointing(grid=2, count=3), Perturbation("deletion", steps=4, count=5))
 METHODS = ("bcos", "rise")
@@ -97,7 +97,7 @@ def test_another_run_is_refused(tmp_path):
     run(tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run already"):
         run(tmp_path / "run")
-    with pytest.raises(ValueError, match="`batch_size`.* is not that of the run"):
+    with pytest.raises(ValueError, match=r"`batch_size`.* is not that of the run"):
         run(tmp_path / "run", resume=True, batch_size=2)
     with pytest.raises(ValueError, match="`weights`"):
         evaluate(patches(scale=5), images(), METRICS, METHODS, out=tmp_path / "run", resume=True)

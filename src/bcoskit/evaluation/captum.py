@@ -1,12 +1,26 @@
 """`W(x)·x` for code that is written for captum."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from captum.attr import Attribution
-from captum.log import log_usage
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
+
+_Parameters = ParamSpec("_Parameters")
+_Returned = TypeVar("_Returned")
+
+
+def _unwrappable(function: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
+    """The function, with a `__wrapped__`, which captum's attributions that wrap others call."""
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
+        return function(*args, **kwargs)
+
+    return call
 
 
 class BcosAttribution(Attribution):
@@ -21,8 +35,8 @@ class BcosAttribution(Attribution):
     def __init__(self, forward_func: nn.Module) -> None:
         super().__init__(forward_func)
 
-    @log_usage()  # captum's own attributions that wrap others ask for what it adds
-    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:  # type: ignore[override]
+    @_unwrappable
+    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
         """The contributions of all entries.
 
         Args:
