@@ -34,7 +34,7 @@ LEVELS = [
     {"_fuse", "convert"},
     {"_trust", "_linear_map"},
     {"_explain", "models"},
-    {"_audit", "_compile_explain", "evaluation", "training", "_command_pictures"},
+    {"_audit", "_compile_explain", "evaluation", "gallery", "training", "_command_pictures"},
     {"_command_audit", "_command_evaluate", "_command_models", "_command_report"},
     {"_command_explain"},
     {"cli"},

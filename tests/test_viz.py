@@ -96,7 +96,7 @@ def example_map(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_picture(picture: viz.Picture, shape: tuple[int, ...]) -> None:
+def assert_picture(picture: viz._pictures.Picture, shape: tuple[int, ...]) -> None:
     assert isinstance(picture, np.ndarray)
     assert picture.dtype == np.float32
     assert picture.shape == shape
@@ -381,14 +381,14 @@ def test_contribution_map_refuses(arguments: dict[str, Any], message: str) -> No
 def test_percentile_is_numpys(length: int, percentile: float, seed: int) -> None:
     values = example_map(2, 1, length, seed=seed)
     expected = np.percentile(values.numpy(), percentile, axis=(-2, -1))
-    result = viz._percentile(values, percentile)
+    result = viz._pictures.percentile_of(values, percentile)
     assert result.shape == (2, 1, 1)
     np.testing.assert_allclose(result.flatten(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_percentile_of_more_than_sixteen_million_elements() -> None:
     values = torch.arange(2**24 + 1, dtype=torch.float32)[None]
-    assert viz._percentile(values, 50).item() == 2**23
+    assert viz._pictures.percentile_of(values, 50).item() == 2**23
 
 
 # ------------------------------------------------------------------------------- overlay, white, PIL images
@@ -499,7 +499,7 @@ def find(page: Image.Image, piece: Numbers) -> list[tuple[int, int]]:
     return [(int(x), int(y)) for y, x in candidates if np.array_equal(windows[y, x], channels_first)]
 
 
-def enlarged(picture: viz.Array, factor: int) -> Numbers:
+def enlarged(picture: viz._pictures.Array, factor: int) -> Numbers:
     return np.asarray(viz.to_pil(picture)).repeat(factor, 0).repeat(factor, 1)
 
 
@@ -564,7 +564,7 @@ def test_sheet_takes_pil_images_and_lays_transparency_on_white() -> None:
     ],
 )
 def test_pictures_are_fitted_into_cells(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    framed = viz._framed(np.zeros((*size, 3)), 256)
+    framed = viz._sheets._framed(np.zeros((*size, 3)), 256)
     assert framed.size == (shown[1] + 2, shown[0] + 2)
     assert framed.getpixel((0, 0)) == (200, 200, 200)
     assert framed.getpixel((1, 1)) == (0, 0, 0)
@@ -574,8 +574,8 @@ def test_pictures_are_fitted_into_cells(size: tuple[int, int], shown: tuple[int,
 @settings(max_examples=25, deadline=None)
 def test_text_is_never_cut(text: str, width: int, size: int) -> None:
     font = ImageFont.load_default(size)
-    shortened = "".join(viz._shorten(line, width, font) + "\n" for line in text.splitlines())
-    block, roomy = viz._text(text, size, width), viz._text(shortened, size, 2 * width)
+    shortened = "".join(viz._sheets._shorten(line, width, font) + "\n" for line in text.splitlines())
+    block, roomy = viz._sheets._text(text, size, width), viz._sheets._text(shortened, size, 2 * width)
     assert block.size == (width, roomy.height)
     if block.height > 0:
         np.testing.assert_array_equal(np.asarray(roomy)[:, :width], np.asarray(block))
@@ -583,21 +583,21 @@ def test_text_is_never_cut(text: str, width: int, size: int) -> None:
 
 
 def test_text_that_is_not_shortened_would_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(viz, "_shorten", lambda line, _width, _font: line)
-    assert np.asarray(viz._text("a long class name", 14, 200))[:, 50:].min() < 255
+    monkeypatch.setattr(viz._sheets, "_shorten", lambda line, _width, _font: line)
+    assert np.asarray(viz._sheets._text("a long class name", 14, 200))[:, 50:].min() < 255
 
 
 def test_text_is_shortened_no_more_than_needed() -> None:
     font = ImageFont.load_default(14)
     name = "black-and-tan coonhound " * 4
-    full = viz._ink_width(name, font)
-    assert viz._shorten(name, math.ceil(full), font) == name
-    shortened = viz._shorten(name, 300, font)
+    full = viz._sheets._ink_width(name, font)
+    assert viz._sheets._shorten(name, math.ceil(full), font) == name
+    shortened = viz._sheets._shorten(name, 300, font)
     assert shortened.endswith("…")
     assert name.startswith(shortened[:-1])
-    assert viz._ink_width(shortened, font) <= 300
-    assert viz._ink_width(name[: len(shortened)] + "…", font) > 300
-    assert viz._shorten("W" * 50, 1, font) == "…"
+    assert viz._sheets._ink_width(shortened, font) <= 300
+    assert viz._sheets._ink_width(name[: len(shortened)] + "…", font) > 300
+    assert viz._sheets._shorten("W" * 50, 1, font) == "…"
 
 
 def test_sheet_grows_with_its_text() -> None:

@@ -1,32 +1,17 @@
-"""Pictures of explanations: numpy arrays and PIL images out of weights and contributions.
-
-A logit of a B-cos network is `sum(W(x) * x)`. Its `weights` W(x) have the shape of the input,
-`(..., 2C, H, W)`, where channel `j + C` encodes the complement of channel `j` (`[x, 1 - x]`); its
-`contributions` are the products summed over the channels, `(..., H, W)`. Batch dimensions stand in front, and
-every image is scaled on its own.
-
-Explanations are turned into pictures on their device, in float32, or float64 where they are. Pictures are
-float32 arrays on the CPU with the colours last and in [0, 1]; one that is given to a function may also be
-uint8 or a PIL image, whose transparency counts as white where a picture without transparency is asked for.
-"""
+"""Numpy arrays and PIL images out of weights and contributions."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-__all__ = ["SheetRow", "color_picture", "contribution_map", "on_white", "overlay", "sheet", "to_pil"]
+from PIL import Image
 
 Array: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Picture: TypeAlias = npt.NDArray[np.float32]
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _EPSILON = 1e-12
 """Both the guard of the divisions and the strength of pixels that speak against the class."""
@@ -40,10 +25,6 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 _RAMP = np.arange(256)[:, None] / 255
 _BLUE_WHITE_RED = np.minimum(1, np.hstack([2 * _RAMP, 2 * np.minimum(_RAMP, 1 - _RAMP), 2 - 2 * _RAMP]))
 """The 256 colours of matplotlib's "bwr"; none is pure white: the two in the middle are 1/255 away from it."""
-
-_MIN_CELL = 64
-_FRAME = (200, 200, 200)
-_INK = (32, 32, 32)
 
 
 def color_picture(
@@ -84,17 +65,17 @@ def color_picture(
             of `contributions` and `x` is given, if `smooth` or `percentile` is out of range, or if `rgb` is
             missing or names channels that are not there.
     """
-    weights = _as_tensor("weights", weights)
+    weights = as_tensor("weights", weights)
     shape = tuple(weights.shape)
     if len(shape) < 3 or shape[-3] % 2:
         raise ValueError(f"`weights` (shape {shape}) must be (..., 2C, H, W), an even number of channels")
     channels = _shown_channels(shape[-3] // 2, rgb)
     if x is None and contributions is not None:
-        contributions = _as_tensor("contributions", contributions).to(weights.device)
-        _require_shape("contributions", contributions, shape[:-3] + shape[-2:], "one per pixel of `weights`")
+        contributions = as_tensor("contributions", contributions).to(weights.device)
+        require_shape("contributions", contributions, shape[:-3] + shape[-2:], "one per pixel of `weights`")
     elif x is not None and contributions is None:
-        x = _as_tensor("x", x).to(weights.device)
-        _require_shape("x", x, shape, "as `weights`")
+        x = as_tensor("x", x).to(weights.device)
+        require_shape("x", x, shape, "as `weights`")
         contributions = (weights * x).sum(dim=-3)
     else:
         raise ValueError("either `contributions` or `x` must be given, and not both")
@@ -106,7 +87,7 @@ def color_picture(
     # Equal to the norm of the weights, but their squares neither overflow nor vanish.
     strength = scale.squeeze(-3) * torch.linalg.vector_norm(direction, dim=-3)
     strength = _mean_filter(strength.masked_fill(contributions < 0, _EPSILON), smooth)
-    opacity = (strength / _percentile(strength, percentile)).clamp(0, 1).masked_fill(strength == 0, 0)
+    opacity = (strength / percentile_of(strength, percentile)).clamp(0, 1).masked_fill(strength == 0, 0)
     return _as_picture(torch.cat([colors, opacity.unsqueeze(-3)], dim=-3).movedim(-3, -1))
 
 
@@ -133,13 +114,13 @@ def contribution_map(
         ValueError: If `contributions` are empty, not real, not finite or no images, or if `percentile`,
             `limit` or `smooth` is out of range.
     """
-    values = _as_tensor("contributions", contributions)
+    values = as_tensor("contributions", contributions)
     if values.ndim < 2:
         raise ValueError(f"`contributions` (shape {tuple(values.shape)}) must be (..., H, W)")
     if limit is not None and not 0 < limit < math.inf:
         raise ValueError(f"`limit` (={limit}) must be positive and finite")
     values = _mean_filter(values, smooth)
-    cut = _percentile(values.abs(), percentile)
+    cut = percentile_of(values.abs(), percentile)
     values = values.clamp(-cut, cut)
     blank = (values == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     bound = cut if limit is None else torch.full_like(cut, limit)
@@ -167,8 +148,8 @@ def overlay(
         ValueError: If `image` or `picture` is no picture in [0, 1] (or uint8), if their sizes differ, or if
             `opacity` is out of range.
     """
-    below = _as_colors("image", image, (3,))
-    above = _as_colors("picture", picture, (3, 4))
+    below = as_colors("image", image, (3,))
+    above = as_colors("picture", picture, (3, 4))
     if below.shape[:-1] != above.shape[:-1]:
         sizes = f"`image` (shape {tuple(below.shape)}) and `picture` (shape {tuple(above.shape)})"
         raise ValueError(f"{sizes} must have the same size")
@@ -186,7 +167,7 @@ def on_white(rgba: Array | Image.Image) -> Picture:
     Raises:
         ValueError: If `rgba` is no RGBA picture in [0, 1] (or uint8).
     """
-    above = _as_colors("rgba", rgba, (4,))
+    above = as_colors("rgba", rgba, (4,))
     return _as_picture(1 - above[..., 3:] + above[..., 3:] * above[..., :3])
 
 
@@ -196,108 +177,12 @@ def to_pil(array: Array) -> Image.Image:
     Raises:
         ValueError: If `array` is not one RGB or RGBA picture in [0, 1] (or uint8).
     """
-    colors = _as_colors("array", array, (3, 4))
-    _require_single("array", colors)
+    colors = as_colors("array", array, (3, 4))
+    require_single("array", colors)
     return Image.fromarray((colors * 255).round().to(torch.uint8).numpy())
 
 
-@dataclass(frozen=True, eq=False)
-class SheetRow:
-    r"""One explained class of a `sheet`: `contributions` `(H, W)` and `weights` `(2C, H, W)`.
-
-    Without weights, as of a network whose input has no colour encoding, there is no colour picture.
-
-    Each line of the caption is shortened on its own, so what must stay readable belongs on a line of its own,
-    as in `"golden retriever\np = 0.93, logit 7.1"`. The font is Pillow's own, which draws
-    letters beyond ASCII as boxes.
-    """
-
-    caption: str
-    contributions: Array
-    weights: Array | None
-
-
-def sheet(
-    image: Array | Image.Image,
-    rows: Sequence[SheetRow],
-    *,
-    title: str | None = None,
-    cell: int = 256,
-    smooth: int = 15,
-    rgb: tuple[int, int, int] | None = None,
-) -> Image.Image:
-    """Composes one image and its explanations: per class a row of contribution map and colour picture.
-
-    The contribution maps share one limit, so that classes can be compared: the largest of the rows'
-    99.5-percentiles of absolute contributions, or, if these are 0, the largest of all. The opacity of the
-    colour pictures is each one's own.
-
-    Args:
-        image: `(H, W, 3)`.
-        rows: The explained classes, from top to bottom.
-        title: Stands above everything; any number of lines.
-        cell: Pixels into which each picture is fitted, at least 64: small ones are enlarged by a whole
-            factor, with their pixels kept sharp, large ones are reduced.
-        smooth: Width of the mean filter of the colour pictures, see `color_picture`.
-        rgb: Channels shown as red, green and blue, see `color_picture`.
-
-    Returns:
-        An RGB image on white. Lines of text that are too wide end in an ellipsis.
-
-    Raises:
-        ValueError: If `image` is not one picture in [0, 1] (or uint8), if there are no rows, if a row is not
-            of the image's size, if `cell` is too small, or as in `color_picture`.
-    """
-    photograph = _as_colors("image", image, (3,))
-    _require_single("image", photograph)
-    if not rows:
-        raise ValueError("`rows` must hold at least one class")
-    if cell < _MIN_CELL:
-        raise ValueError(f"`cell` (={cell}) must be at least {_MIN_CELL}")
-    limit = _common_limit(rows, photograph.shape[:2])
-
-    framed = _framed(photograph, cell)
-    gap, (width, height) = cell // 16, framed.size
-    placed: list[tuple[Image.Image, tuple[int, int]]] = []
-    top = gap
-    if title is not None:
-        heading = _text(title, max(15, cell // 14), 3 * width + 2 * gap)
-        placed.append((heading, (gap, top)))
-        top += heading.height + gap // 2
-    for index, row in enumerate(rows):
-        caption = _text(row.caption, max(12, cell // 18), 2 * width + gap)
-        placed.append((caption, (2 * gap + width, top)))
-        top += caption.height + gap // 4
-        map_picture = contribution_map(row.contributions, percentile=100, limit=limit)
-        placed.append((_framed(map_picture, cell), (2 * gap + width, top)))
-        if row.weights is not None:
-            colors = on_white(color_picture(row.weights, row.contributions, smooth=smooth, rgb=rgb))
-            placed.append((_framed(colors, cell), (3 * gap + 2 * width, top)))
-        if index == 0:
-            placed.append((framed, (gap, top)))
-        top += height + gap
-
-    page = Image.new("RGB", (3 * width + 4 * gap, top), "white")
-    for piece, position in placed:
-        page.paste(piece, position)
-    return page
-
-
-def _common_limit(rows: Sequence[SheetRow], size: Sequence[int]) -> float | None:
-    """Contribution that is drawn in full colour in all rows; None if all contributions are 0."""
-    magnitudes: list[torch.Tensor] = []
-    for index, row in enumerate(rows):
-        contributions = _as_tensor(f"rows[{index}].contributions", row.contributions)
-        _require_shape(f"rows[{index}].contributions", contributions, size, "as `image`")
-        magnitudes.append(contributions.abs().to("cpu", torch.float64))
-    together = torch.stack(magnitudes)
-    limit = _percentile(together, 99.5).max().item()
-    if limit == 0:
-        limit = together.max().item()
-    return limit if limit > 0 else None
-
-
-def _as_tensor(name: str, value: Array) -> torch.Tensor:
+def as_tensor(name: str, value: Array) -> torch.Tensor:
     """Detached real floating-point tensor of finite numbers, in no less than single precision."""
     if not isinstance(value, torch.Tensor):
         # A copy, as torch warns of read-only arrays and refuses negative strides.
@@ -310,12 +195,12 @@ def _as_tensor(name: str, value: Array) -> torch.Tensor:
     return value
 
 
-def _as_colors(name: str, value: Array | Image.Image, channels: tuple[int, ...]) -> torch.Tensor:
+def as_colors(name: str, value: Array | Image.Image, channels: tuple[int, ...]) -> torch.Tensor:
     """Picture (..., H, W, channels) in [0, 1], on the CPU, of an array or a PIL image."""
     if isinstance(value, Image.Image):
         rgba = np.asarray(value.convert("RGBA"))
         value = rgba if 4 in channels else on_white(rgba)
-    colors = _as_tensor(name, value).to("cpu", torch.float32)
+    colors = as_tensor(name, value).to("cpu", torch.float32)
     if colors.ndim < 3 or colors.shape[-1] not in channels:
         wanted = f"(..., H, W, {' or '.join(map(str, channels))})"
         raise ValueError(f"`{name}` (shape {tuple(colors.shape)}) must be {wanted}, with the colours last")
@@ -331,12 +216,12 @@ def _as_picture(values: torch.Tensor) -> Picture:
     return values.to("cpu", torch.float32).numpy()
 
 
-def _require_shape(name: str, value: torch.Tensor, shape: Sequence[int], reason: str) -> None:
+def require_shape(name: str, value: torch.Tensor, shape: Sequence[int], reason: str) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"`{name}` (shape {tuple(value.shape)}) must be {tuple(shape)}, {reason}")
 
 
-def _require_single(name: str, colors: torch.Tensor) -> None:
+def require_single(name: str, colors: torch.Tensor) -> None:
     if colors.ndim != 3:
         raise ValueError(f"`{name}` (shape {tuple(colors.shape)}) must be one picture, not a batch")
 
@@ -365,7 +250,7 @@ def _mean_filter(values: torch.Tensor, smooth: int) -> torch.Tensor:
     return F.avg_pool2d(images, smooth, stride=1, padding=smooth // 2).reshape(values.shape)
 
 
-def _percentile(values: torch.Tensor, percentile: float) -> torch.Tensor:
+def percentile_of(values: torch.Tensor, percentile: float) -> torch.Tensor:
     """Percentile of each image (..., H, W), interpolated linearly, as (..., 1, 1)."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"`percentile` (={percentile}) must be in [0, 100]")
@@ -374,45 +259,3 @@ def _percentile(values: torch.Tensor, percentile: float) -> torch.Tensor:
     position = percentile / 100 * (ordered.shape[-1] - 1)
     below, above = ordered[..., math.floor(position)], ordered[..., math.ceil(position)]
     return torch.lerp(below, above, position % 1)[..., None, None]
-
-
-def _framed(picture: Array, cell: int) -> Image.Image:
-    """The picture fitted into `cell` pixels, with a thin frame around it."""
-    image = to_pil(picture)
-    scale = cell / max(image.size)
-    if scale >= 1:
-        scale, resampling = math.floor(scale), Image.Resampling.NEAREST
-    else:
-        resampling = Image.Resampling.BOX
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return ImageOps.expand(image.resize(size, resampling), border=1, fill=_FRAME)
-
-
-def _text(text: str, size: int, width: int) -> Image.Image:
-    """The lines of the text, each shortened to the width, on white."""
-    font = ImageFont.load_default(size)
-    line_height = math.ceil(1.35 * size)
-    lines = text.splitlines()
-    block = Image.new("RGB", (width, line_height * len(lines)), "white")
-    draw = ImageDraw.Draw(block)
-    for index, line in enumerate(lines):
-        shown = _shorten(line, width, font)
-        draw.text((-font.getbbox(shown)[0], index * line_height), shown, fill=_INK, font=font)
-    return block
-
-
-def _shorten(line: str, width: int, font: Font) -> str:
-    """The line, or as much of its beginning as fits into `width` pixels with an ellipsis."""
-    if _ink_width(line, font) <= width:
-        return line
-
-    def shortened(length: int) -> str:
-        return line[:length].rstrip() + "…"
-
-    lengths = range(1, len(line))
-    return shortened(bisect_right(lengths, width, key=lambda length: _ink_width(shortened(length), font)))
-
-
-def _ink_width(text: str, font: Font) -> float:
-    left, _, right, _ = font.getbbox(text)
-    return right - left
