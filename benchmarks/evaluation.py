@@ -1,0 +1,226 @@
+"""The grid pointing game of many methods on B-cos and ordinary networks, and other metrics: the tables of the docs.
+
+    python benchmarks/evaluation.py --cifar FOLDER --weights FILE [--imagenet FOLDER --lite0 FILE] [--only PATTERN]
+    python benchmarks/evaluation.py --report
+
+`FILE` of `--weights` is `resnet20-12fca82f.th` (Idelbayev, BSD-2), an ordinary ResNet-20; that of `--lite0` is
+written by `benchmarks/photographs.py`. Each network and method is a run of its own in `runs/evaluation`, the quick ones
+first, and goes on where it was cut off; several calls at once share the work. `--report` writes
+`docs/results/evaluation.*` of the runs that are finished.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import bcoskit
+from bcoskit.data import open_dataset
+from bcoskit.evaluation import (
+    METHODS,
+    Completeness,
+    GridPointing,
+    Perturbation,
+    Randomization,
+    Result,
+    Stability,
+    box_plot,
+    evaluate,
+    example_sheet,
+    write_results,
+)
+
+RUNS = Path("runs", "evaluation")
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+# The quickest first.
+CIFAR_METHODS: dict[str, Any] = {
+    "bcos": "bcos",
+    "input_x_gradient": "input_x_gradient",
+    "gradient": "gradient",
+    "grad_cam": "grad_cam",
+    "guided_backprop": "guided_backprop",
+    "deep_lift": "deep_lift",
+    "occlusion": partial(METHODS["occlusion"], window=16, stride=8),
+    "integrated_gradients": "integrated_gradients",
+    "lime": "lime",
+}
+IMAGENET_METHODS: dict[str, Any] = {
+    name: name for name in ("bcos", "input_x_gradient", "gradient", "grad_cam", "guided_backprop")
+}
+OTHERS = (
+    Perturbation("deletion", count=200),
+    Perturbation("insertion", insert=True, baseline="blur", count=200),
+    Perturbation("perturbation", least_first=True, count=200),
+    Stability(count=100),
+    Completeness(count=100),
+    Randomization(count=20),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network on some data.
+
+    Attributes:
+        title: As in tables.
+        model: Name of the network.
+        weights: Its weights.
+        data: Folder of the images.
+        metric: The pointing game.
+        methods: Attribution methods by the names of their folders.
+    """
+
+    title: str
+    model: str
+    weights: Any
+    data: Path | None
+    metric: GridPointing
+    methods: dict[str, Any]
+
+
+def subjects(options: argparse.Namespace) -> dict[str, Subject]:
+    """What is compared, by the names of their folders."""
+    cifar, imagenet = GridPointing(3, 500), GridPointing(3, 100)
+    lite0 = Subject("EfficientNet-Lite0", "timm/tf_efficientnet_lite0", options.lite0, options.imagenet, imagenet,
+                    IMAGENET_METHODS)  # fmt: skip
+    return {
+        "cifar_bcos": Subject("B-cos ResNet-20", "resnet20.bcos_cifar10", True, options.cifar, cifar, CIFAR_METHODS),
+        "cifar_ordinary": Subject(
+            "ordinary ResNet-20", "resnet20.he_cifar10", options.weights, options.cifar, cifar, CIFAR_METHODS
+        ),
+        "imagenet_ordinary": lite0,
+    }
+
+
+def run(name: str, subject: Subject, method: str, metrics: tuple[Any, ...]) -> list[Result]:
+    """One run, with a bar."""
+    model = bcoskit.create_model(subject.model, weights=subject.weights)
+    dataset: Any = open_dataset(subject.data or Path(), "test", model.transform)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(job: str, done: int, total: int) -> None:
+            if job not in tasks:
+                tasks[job] = progress.add_task(f"{name}: {job}", total=total)
+            progress.update(tasks[job], completed=done)
+
+        out = RUNS / name / method
+        chosen = subject.methods[method.removesuffix("_others")]
+        results = evaluate(model, dataset, metrics, (chosen,), out=out, name=subject.title, resume=True, progress=tell)
+        write_results(results, out)
+    return results
+
+
+def work(options: argparse.Namespace) -> list[tuple[str, Subject, str, tuple[Any, ...]]]:
+    """All runs in the order in which they are made."""
+    every: list[tuple[int, tuple[str, Subject, str, tuple[Any, ...]]]] = []
+    for name, subject in subjects(options).items():
+        for order, method in enumerate(subject.methods):
+            every.append((order, (name, subject, method, (subject.metric,))))
+            if name.startswith("cifar") and order < 5:
+                every.append((order, (name, subject, f"{method}_others", OTHERS)))
+    return [each for _, each in sorted(every, key=lambda pair: pair[0])]
+
+
+def finished(name: str, method: str) -> dict[str, Any] | None:
+    """The summary of a run, if there is one."""
+    file = RUNS / name / method / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def report(options: argparse.Namespace) -> None:
+    """The results as JSON, tables and figures."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = ["# Explanations measured", "", *(__doc__ or "").partition("\n\n")[2].strip().splitlines(), ""]
+    collected: dict[str, Any] = {}
+    for name, subject in subjects(options).items():
+        found = {method: summary for method in subject.methods if (summary := finished(name, method))}
+        if not found:
+            continue
+        first = next(iter(found.values()))
+        collected[name] = found
+        metric = subject.metric
+        lines += [f"## {subject.title}: {metric.count} grids of {metric.grid} × {metric.grid}", ""]
+        lines += [f"{first['images']} images, top-1 {100 * first['accuracy']['top1']:.2f} %.", ""]
+        lines += ["| method | median | 95 % interval | quartiles | mean |", "|---|---|---|---|---|"]
+        for summary in found.values():
+            row = summary["results"][0]
+            lines.append(
+                f"| {row['method']} | {row['median']:.3f} | {row['interval_low']:.3f} to {row['interval_high']:.3f} "
+                f"| {row['first_quartile']:.3f} to {row['third_quartile']:.3f} | {row['mean']:.3f} |"
+            )
+        lines.append("")
+        others = {method: summary for method in subject.methods if (summary := finished(name, f"{method}_others"))}
+        collected |= {f"{name}_others": others} if others else {}
+        lines += _others(others)
+        lines += _pictures(name, subject, list(found))
+    (RESULTS / "evaluation.json").write_text(json.dumps(collected, indent=1) + "\n")
+    (RESULTS / "evaluation.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _others(summaries: dict[str, Any]) -> list[str]:
+    if not summaries:
+        return []
+    metrics = [metric.name for metric in OTHERS]
+    lines = ["| method | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
+    for method, summary in summaries.items():
+        medians = {row["metric"]: row["median"] for row in summary["results"]}
+        lines.append(f"| {method} | " + " | ".join(f"{medians[metric]:.3g}" for metric in metrics) + " |")
+    return [*lines, ""]
+
+
+def _pictures(name: str, subject: Subject, methods: list[str]) -> list[str]:
+    results = [_stored(name, subject, method) for method in methods]
+    box_plot(results, RESULTS / f"evaluation_{name}.png", labels=methods)
+    lines = [f"![Scores](evaluation_{name}.png)", ""]
+    if subject.data is not None:
+        model = bcoskit.create_model(subject.model, weights=subject.weights)
+        dataset = open_dataset(subject.data, "test", model.transform)
+        chosen = [subject.methods[method] for method in methods]
+        example_sheet(model, dataset, results, chosen, RESULTS / f"evaluation_{name}_examples.png")
+    if (RESULTS / f"evaluation_{name}_examples.png").exists():
+        lines += [
+            f"Grids at percentiles of the score of {methods[0]}, the cell that is explained framed:",
+            "",
+            f"![Examples](evaluation_{name}_examples.png)",
+            "",
+        ]
+    return lines
+
+
+def _stored(name: str, subject: Subject, method: str) -> Result:
+    """The result of a finished run, from its rows."""
+    lines = (RUNS / name / method / "rows.jsonl").read_text().splitlines()
+    rows = [row for line in lines if (row := json.loads(line))["metric"] == subject.metric.name]
+    return Result(subject.metric.name, method, rows, {"grid": subject.metric.grid})
+
+
+def main() -> None:
+    """Make the runs, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("cifar", "weights", "imagenet", "lite0"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--only", default="*", help="pattern of network/method")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.report:
+        return report(options)
+    for name, subject, method, metrics in work(options):
+        ready = subject.data is not None and subject.weights is not None
+        if ready and fnmatchcase(f"{name}/{method}", options.only) and finished(name, method) is None:
+            run(name, subject, method, metrics)
+    return None
+
+
+if __name__ == "__main__":
+    main()
