@@ -148,7 +148,7 @@ def report(options: argparse.Namespace) -> None:
         first = next(iter(found.values()))
         collected[name] = found
         metric = subject.metric
-        lines += [f"## {subject.title}: {metric.count} grids of {metric.grid} × {metric.grid}", ""]
+        lines += [f"## {subject.title}: {metric.count} grids of {metric.grid} x {metric.grid}", ""]
         lines += [f"{first['images']} images, top-1 {100 * first['accuracy']['top1']:.2f} %.", ""]
         lines += ["| method | median | 95 % interval | quartiles | mean |", "|---|---|---|---|---|"]
         for summary in found.values():

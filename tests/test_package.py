@@ -100,16 +100,18 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "cat.png").exists()
 
 
-def test_snippets_of_the_documentation_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "count"), [("convert.md", 2), ("evaluate.md", 3)])
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), flags=re.M | re.S)
-    assert len(snippets) == 2
+    snippets = re.findall(r"^```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
+    assert len(snippets) == count
     names: dict[str, object] = {}
     for snippet in snippets:  # one goes on where another ends
-        exec(compile(snippet, "convert.md", "exec"), names)
+        exec(compile(snippet, page, "exec"), names)
