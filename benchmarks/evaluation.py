@@ -56,8 +56,8 @@ IMAGENET_METHODS: dict[str, Any] = {
 }
 OTHERS = (
     Perturbation("deletion", count=200),
-    Perturbation("insertion", insert=True, baseline="blur", count=200),
-    Perturbation("perturbation", least_first=True, count=200),
+    Perturbation("insertion", count=200),
+    Perturbation("perturbation", count=200),
     Stability(count=100),
     Completeness(count=100),
     Randomization(count=20),

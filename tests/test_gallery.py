@@ -8,7 +8,7 @@ from PIL import Image
 import bcoskit
 from bcoskit.data import ImageError, ImageTransform
 from bcoskit.gallery import Activation, animate, neuron_gallery, strongest, versus_gallery
-from evaluation.toys import images, patches, small
+from evaluation_toys import images, patches, small
 
 
 def test_the_strongest_images_of_a_channel():

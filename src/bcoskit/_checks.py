@@ -34,12 +34,17 @@ def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False)
     if not bool(torch.isfinite(x).all()):
         raise ValueError("`x` holds values that are not finite")
     if isinstance(model, nn.Module):
-        if any(module.training for module in modules_of(model)):
-            training = next(name for name, module in model.named_modules() if module.training)
-            where = f"its module {training!r} is" if training else "it is"
-            raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
+        check_evaluation_mode(model)
     elif not callable(model):
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Refuse a network of which a part is in training mode; raises as `explain`."""
+    if any(module.training for module in modules_of(model)):
+        training = next(name for name, module in model.named_modules() if module.training)
+        where = f"its module {training!r} is" if training else "it is"
+        raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -54,6 +54,7 @@ def evaluate_model(
     smooth: int | None = None,
     window: int | None = None,
     stride: int | None = None,
+    rescale: bool = False,
     authors_offset: bool = False,
     steps: int = 32,
     patch: int = 1,
@@ -90,6 +91,7 @@ def evaluate_model(
             at least 64 pixels, else 1.
         window: Side of a window that slides over grids, for networks of one input size, such as ViTs.
         stride: Step of the window; by default half its side.
+        rescale: Shrink the cells, so that a grid has the size of one image.
         authors_offset: Lose an image after each grid, as the authors' code does.
         steps: Steps of the perturbation curves.
         patch: Side of the patches that they replace.
@@ -117,12 +119,12 @@ def evaluate_model(
         raise ValueError("`boxes` and the metric energy_pointing need one another")
     available: dict[str, Any] = {
         "grid_pointing": lambda: GridPointing(
-            grid, count, protocol, threshold, smooth, window, stride, authors_offset, seed
+            grid, count, protocol, threshold, smooth, window, stride, rescale, authors_offset, seed
         ),
         "energy_pointing": lambda: EnergyPointing(1 if smooth is None else smooth),
-        "deletion": lambda: Perturbation("deletion", False, False, "zero", steps, patch, count, explained, seed),
-        "insertion": lambda: Perturbation("insertion", False, True, "blur", steps, patch, count, explained, seed),
-        "perturbation": lambda: Perturbation("perturbation", True, False, "zero", steps, patch, count, explained, seed),
+        "deletion": lambda: Perturbation("deletion", None, steps, patch, count, explained, seed),
+        "insertion": lambda: Perturbation("insertion", None, steps, patch, count, explained, seed),
+        "perturbation": lambda: Perturbation("perturbation", None, steps, patch, count, explained, seed),
         "randomization": lambda: Randomization(count, explained, seed),
         "stability": lambda: Stability(count=count, explained=explained, seed=seed),
         "completeness": lambda: Completeness(count, explained, seed),
@@ -130,10 +132,7 @@ def evaluate_model(
     wanted = [available[name]() for name in dict.fromkeys(metrics) if name != "accuracy"]
     network = create_model(model, weights=True if weights is None else weights).to(device_named(device))
     images = open_dataset(data, "test", network.transform)
-    if len(images.classes) > network.num_classes:
-        raise ValueError(
-            f"`data` (={str(data)!r}) has {len(images.classes)} classes, the network {network.num_classes}"
-        )
+    images = _with_classes_of(network.classes, images, data)
     dataset: Any = images if boxes is None else WithBoxes(images, _boxes(boxes, len(images)))
     methods = list(dict.fromkeys(methods))
     console = Console(stderr=True)
@@ -159,7 +158,7 @@ def evaluate_model(
         )
     summary = write_results(results, out)
     pointing = [result for result in results if result.metric == "grid_pointing"]
-    if pointing and window is None:
+    if pointing and window is None and not rescale:
         example_sheet(network, dataset, pointing, methods, out / "grid_pointing_examples.png")
     if json:
         Console(soft_wrap=True, markup=False, highlight=False).print(json_format.dumps(summary))
@@ -188,6 +187,25 @@ class WithBoxes:
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
         x, label = self._images[index]
         return x, label, torch.as_tensor(self._boxes[index])
+
+
+def _with_classes_of(classes: tuple[str, ...], images: ImageDataset, data: Path) -> ImageDataset:
+    """The images with their labels in the order of the network's classes, by name where names are known."""
+    if images.classes == classes:
+        return images
+    if len(images.classes) > len(classes):
+        raise ValueError(f"`data` (={str(data)!r}) has {len(images.classes)} classes, the network {len(classes)}")
+    if set(images.classes) <= set(classes):
+        places = torch.tensor([classes.index(name) for name in images.classes])
+        images.labels, images.classes = places[images.labels], classes
+        return images
+    if len(images.classes) < len(classes):
+        unknown = next(name for name in images.classes if name not in classes)
+        raise ValueError(
+            f"`data` (={str(data)!r}) has {len(images.classes)} classes, the network {len(classes)}, among which there "
+            f"is no {unknown!r}: labels cannot be told apart"
+        )
+    return images
 
 
 def _boxes(file: Path, count: int) -> list[Any]:

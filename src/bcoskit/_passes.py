@@ -34,7 +34,8 @@ def way(x: Tensor, weight: Tensor | None = None) -> Way:
         return None
     if not is_frozen():
         return "derivatives"
-    return "constants" if current_mode() is None else None
+    mode = current_mode()
+    return "constants" if mode is None or mode.has_constant_factors else None
 
 
 def is_eager(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor, nn
 
 from bcoskit import viz
+from bcoskit._checks import check_evaluation_mode
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
 from bcoskit._layers import outputs_of
@@ -64,8 +65,8 @@ def strongest(
     Raises:
         ValueError: If there is no such layer or channel, or the dataset is empty.
     """
-    if model.training:
-        raise ValueError("`model` must be in evaluation mode: call `model.eval()` first")
+    check_evaluation_mode(model)
+    channels = list(dict.fromkeys(channels))
     if count < 1 or batch_size < 1:
         raise ValueError(f"`count` (={count}) and `batch_size` (={batch_size}) must be at least 1")
     if len(dataset) == 0:
@@ -205,8 +206,7 @@ def versus_gallery(
     Raises:
         ValueError: If no image of `first` is taken for `second`; as `explain`.
     """
-    if model.training:
-        raise ValueError("`model` must be in evaluation mode: call `model.eval()` first")
+    check_evaluation_mode(model)
     device = next(model.parameters()).device
     confused: list[tuple[float, int]] = []
     numbers = [index for index in range(len(dataset)) if _label(dataset, index) == first]

@@ -11,7 +11,7 @@ import torch
 import bcoskit
 from bcoskit.evaluation import METHODS, attribute, quantus_explain
 from bcoskit.evaluation.captum import BcosAttribution
-from evaluation.toys import images, noise, patches, small
+from evaluation_toys import images, noise, patches, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum", "ignore::UserWarning:torch")
 FEW = {"rise": {"count": 20}, "lime": {"count": 20}, "kernel_shap": {"count": 20}}
@@ -230,7 +230,7 @@ def test_grad_cam_of_a_network_by_name_reads_its_last_stage():
         ({"target": 1.5}, TypeError, "class indices"),
         ({"target": [0, 1, 2]}, ValueError, "3 rows for 2 samples"),
         ({"target": -1}, ValueError, "negative"),
-        ({"target": 9, "method": "gradient"}, ValueError, "out of range"),
+        ({"target": 9, "method": "gradient"}, ValueError, "is no class of the network"),
         ({"x": X[0]}, ValueError, "must be images"),
         ({"method": partial(METHODS["occlusion"], window=99)}, ValueError, "`window`"),
         ({"method": partial(METHODS["occlusion"], stride=9)}, ValueError, "`stride`"),

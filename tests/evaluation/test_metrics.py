@@ -22,7 +22,7 @@ from bcoskit.evaluation import (
     spearman,
     stability,
 )
-from evaluation.toys import images, noise, patches, small
+from evaluation_toys import images, noise, patches, small
 
 
 class Weighted(nn.Module):

@@ -6,7 +6,7 @@ import torch
 
 import bcoskit
 from bcoskit.evaluation import accuracy, choose_grids, energy_pointing_game, grid_pointing_game, grid_scores, make_grid
-from evaluation.toys import images, patches
+from evaluation_toys import images, patches
 
 
 def own_cell(sign):

@@ -91,6 +91,11 @@ class ExplanationMode(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             self._no_checkpoints.pop().__exit__(*exception)
 
+    @property
+    def has_constant_factors(self) -> bool:
+        """Whether nobody asks for derivatives, or for single operations, of what is frozen."""
+        return not self.create_graph and type(self) is ExplanationMode
+
     def freeze(self, tensor: Tensor) -> Tensor:
         """The tensor as a constant of the linear map (with `create_graph`: until the context is left)."""
         if self.create_graph:

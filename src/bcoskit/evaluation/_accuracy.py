@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcoskit.evaluation._loop import Expected, run_metric, stacked
-from bcoskit.evaluation._probabilities import probabilities_of
+from bcoskit.evaluation._loop import item_of, run_metric, stacked
+from bcoskit.evaluation._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._result import Result, Row
 
 _TOP = 5
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -23,40 +24,34 @@ class Accuracy:
 
     def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
         """All images."""
-        if len(dataset) == 0:
-            raise ValueError("`dataset` holds no images")
         return range(len(dataset))
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """The predictions of some images."""
-        items = [dataset[index] for index in units]
+        items = [item_of(dataset, index) for index in units]
         x = stacked(model, [item[0] for item in items])
+        labels = [item[1] for item in items]
         with torch.no_grad():
-            logits = model(x)
-        if logits.ndim != 2 or not bool(logits.isfinite().all()):
-            raise ValueError(f"the output has shape {tuple(logits.shape)}, must be finite logits (N, classes)")
+            logits = torch.cat([model(part) for part in x.split(_AT_ONCE)])
+        check_classes(labels, logits)
         probabilities, shares = probabilities_of(model, logits), logits.softmax(1)
-        best = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
-        rows: list[list[Row]] = []
-        for index, item in enumerate(items):
-            label, predicted = int(item[1]), int(best[index, 0])
-            if not 0 <= label < logits.shape[1]:
-                raise ValueError(f"the label {label} of image {units[index]} is no class of the network")
-            rows.append(
-                [
-                    {
-                        "image": int(units[index]),
-                        "label": label,
-                        "predicted": predicted,
-                        "logit": float(logits[index, predicted]),
-                        "probability": float(probabilities[index, predicted]),
-                        "softmax": float(shares[index, predicted]),
-                        "top5": int(label in best[index].tolist()),
-                        "score": float(label == predicted),
-                    }
-                ]
-            )
-        return rows
+        predicted = logits.argmax(1).tolist()
+        better = (logits > logits[range(len(labels)), labels][:, None]).sum(1).tolist()
+        return [
+            [
+                {
+                    "image": int(unit),
+                    "label": labels[index],
+                    "predicted": predicted[index],
+                    "logit": float(logits[index, predicted[index]]),
+                    "probability": float(probabilities[index, predicted[index]]),
+                    "softmax": float(shares[index, predicted[index]]),
+                    "top5": int(better[index] < _TOP),
+                    "score": float(labels[index] == predicted[index]),
+                }
+            ]
+            for index, unit in enumerate(units)
+        ]
 
 
 def accuracy(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: Any = None) -> Result:
@@ -74,8 +69,6 @@ def accuracy(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: 
     Raises:
         ValueError: If there are no images, or none can be read and classified.
     """
-    if model.training:
-        raise ValueError("`model` must be in evaluation mode: call `model.eval()` first")
     return run_metric(Accuracy(), model, dataset, batch_size=batch_size, progress=progress)
 
 
@@ -95,9 +88,7 @@ def accuracy_figures(rows: Sequence[Row], bins: int = 15) -> dict[str, float]:
     right = torch.tensor([row["score"] for row in rows])
     figures = {"top1": float(right.mean()), "top5": sum(row["top5"] for row in rows) / len(rows)}
     for name, column in (("calibration_error", "probability"), ("calibration_error_softmax", "softmax")):
-        confidence = torch.tensor([row[column] for row in rows])
+        # In torchmetrics a confidence of exactly 1 has an interval of its own.
+        confidence = torch.tensor([row[column] for row in rows], dtype=torch.float64).clamp_max(1 - 1e-12)
         figures[name] = float(binary_calibration_error(confidence, right.long(), n_bins=bins))
     return figures
-
-
-__all__ = ["Accuracy", "Expected", "accuracy", "accuracy_figures"]

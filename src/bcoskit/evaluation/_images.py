@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bcoskit.evaluation._loop import stacked
+from bcoskit.evaluation._loop import item_of, stacked
+from bcoskit.evaluation._probabilities import check_classes
 from bcoskit.evaluation._result import Row
 
 Explained: TypeAlias = Literal["predicted", "label"]
@@ -18,14 +19,12 @@ def drawn(dataset: Any, count: int | None, seed: int) -> Sequence[int]:
     """Numbers of `count` images drawn at random, in ascending order; of all if `count` is None.
 
     Raises:
-        ValueError: If there are none, or fewer.
+        ValueError: If there are fewer.
     """
     total = len(dataset)
-    if total == 0:
-        raise ValueError("`dataset` holds no images")
     if count is None:
         return range(total)
-    if not 1 <= count <= total:
+    if total and not 1 <= count <= total:
         raise ValueError(f"`count` (={count}) must be between 1 and the number of images, {total}")
     return sorted(int(index) for index in np.random.RandomState(seed).permutation(total)[:count])
 
@@ -34,12 +33,13 @@ def inputs_and_targets(
     model: nn.Module, dataset: Any, units: Sequence[int], explained: Explained
 ) -> tuple[Tensor, Tensor]:
     """A batch of encoded images (N, C, H, W), and the classes that are explained, (N,)."""
-    items = [dataset[index] for index in units]
+    items = [item_of(dataset, index) for index in units]
     x = stacked(model, [item[0] for item in items])
-    if explained == "label":
-        return x, torch.tensor([int(item[1]) for item in items], device=x.device)
+    labels = [item[1] for item in items]
     with torch.no_grad():
-        return x, model(x).argmax(1)
+        logits = model(x)
+    check_classes(labels if explained == "label" else (), logits)
+    return x, torch.tensor(labels, device=x.device) if explained == "label" else logits.argmax(1)
 
 
 def check_explained(explained: str) -> None:

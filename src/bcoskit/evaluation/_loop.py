@@ -8,13 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bcoskit.evaluation._methods import name_of
+from bcoskit._checks import check_evaluation_mode
+from bcoskit.evaluation._methods import name_of, resolve
 from bcoskit.evaluation._result import Failure, Result, Row
 
-_PATIENCE = 5  # failures of the first units, after which none is expected to succeed
-
-Expected = (ValueError, RuntimeError, OSError)
-"""What images, networks and methods raise; anything else is a fault of the code and stops the run."""
+_PATIENCE = 5  # failures for one and the same reason, after which nothing is expected to succeed
 
 
 class Metric(Protocol):
@@ -51,9 +49,13 @@ def measure_chunk(
     try:
         found: list[list[Row]] = metric.measure(model, dataset, [units[number] for number in numbers], method)
         return _numbered(found, numbers), []
-    except Expected as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever images, networks and users' methods raise: it must not lose the run
         if len(numbers) == 1:
-            return [], [Failure(numbers[0], " ".join(str(error).split()))]
+            known = isinstance(error, (ValueError, RuntimeError, OSError)) and str(error)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            return [], [Failure(numbers[0], " ".join(reason.split()))]
     rows: list[Row] = []
     failures: list[Failure] = []
     for number in numbers:
@@ -91,7 +93,13 @@ def run_metric(
     Raises:
         ValueError: If no unit can be measured, with the first reason.
     """
+    check_evaluation_mode(model)
+    if metric.needs_method:
+        resolve(method)  # raises for what is none
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
     units = metric.units(model, dataset, ranking)
+    check_hopeful((), (), len(units))
     rows: list[Row] = []
     failures: list[Failure] = []
     for numbers in chunks(len(units), batch_size):
@@ -106,8 +114,15 @@ def run_metric(
 
 
 def check_hopeful(rows: Sequence[Row], failures: Sequence[Failure], total: int) -> None:
-    """Raise the first reason if nothing has succeeded, and enough has failed to expect nothing else."""
-    if not rows and len(failures) >= min(_PATIENCE, total):
+    """Raise the first reason if nothing has succeeded, and nothing can be expected to.
+
+    Raises:
+        ValueError: If all units have failed, or several for the same reason; or if there are none.
+    """
+    if total == 0:
+        raise ValueError("`dataset` holds no images")
+    same = {failure.reason for failure in failures[:_PATIENCE]}
+    if not rows and (len(failures) >= total or (len(failures) >= _PATIENCE and len(same) == 1)):
         raise ValueError(failures[0].reason)
 
 
@@ -115,6 +130,31 @@ def settings_of(metric: Metric) -> dict[str, Any]:
     """The fields of a metric."""
     assert is_dataclass(metric) and not isinstance(metric, type)
     return asdict(metric)
+
+
+def item_of(dataset: Any, index: int) -> tuple[Any, ...]:
+    """An item of a dataset: encoded image (C, H, W), label as int, and what may follow.
+
+    Raises:
+        ValueError: If it cannot be read, or is none.
+    """
+    try:
+        item = dataset[index]
+    except Exception as error:  # decoders raise nearly every kind of exception
+        raise ValueError(f"image {index}: {str(error) or type(error).__name__}") from error
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise ValueError(
+            f"image {index}: an item of `dataset` must be (encoded image, label), not {type(item).__name__}"
+        )
+    x = torch.as_tensor(item[0])
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"image {index}: must be encoded, (C, H, W) and floating point, not {tuple(x.shape)}, {x.dtype}"
+        )
+    label = torch.as_tensor(item[1] if item[1] is not None else torch.nan)
+    if label.numel() != 1 or label.is_floating_point() or label.dtype == torch.bool or int(label) < 0:
+        raise ValueError(f"image {index}: the label {item[1]!r} must be the index of a class")
+    return x, int(label), *item[2:]
 
 
 def stacked(model: nn.Module, items: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,13 @@
 """Attribution methods by name: one callable type, `(model, x, target) -> contributions`."""
 
 import copy
+import functools
 import itertools
 import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, ParamSpec, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,16 @@ from torch import Tensor, nn
 from bcoskit._checks import check_inputs
 from bcoskit._explain import explain
 from bcoskit._layers import uncompiled
-from bcoskit.evaluation._probabilities import probabilities_of
+from bcoskit.evaluation._probabilities import check_classes, probabilities_of
+from bcoskit.nn import ClassifierHead
 
-Method: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""From a network, inputs (N, C, H, W) and classes (N,) to contributions (N, H, W)."""
+Method: TypeAlias = Callable[..., Tensor]
+"""From a network, inputs (N, C, H, W) and classes (N,) to contributions (N, H, W).
+
+Those of `METHODS` also take several classes per sample, (N, K), to (N, K, H, W).
+"""
+
+_Parameters = ParamSpec("_Parameters")
 
 SEED = 42  # of the masks of RISE, LIME and KernelSHAP
 
@@ -45,26 +52,47 @@ def attribute(model: nn.Module, x: Tensor, target: Any, method: Any = "bcos") ->
         TypeError: If an argument is of another type.
         ImportError: If the method needs a package that is not installed.
     """
-    check_inputs(model, x)
-    if x.ndim != 4:
-        raise ValueError(f"`x` has shape {tuple(x.shape)}, must be images (N, C, H, W)")
-    classes = torch.as_tensor(target, device=x.device)
-    if classes.dtype not in (torch.int64, torch.int32) or classes.ndim > 2:
-        raise TypeError(f"`target` (={target!r}) must be class indices, one or several per sample")
+    classes = _checked(model, x, target)
     several = classes.ndim == 2
-    classes = classes.long().reshape(len(classes), -1) if classes.ndim else classes.long().reshape(1, 1)
-    if len(classes) not in (1, len(x)):
-        raise ValueError(f"`target` has {len(classes)} rows for {len(x)} samples")
-    if int(classes.min()) < 0:
-        raise ValueError(f"`target` (={int(classes.min())}) must not be negative")
+    classes = classes if several else classes[:, None]
     function = resolve(method)
-    found = function(model, x, classes.expand(len(x), -1)).detach()
+    found = function(model, x, classes).detach()
     wanted = (len(x), classes.shape[1], *x.shape[-2:])
     if found.shape != wanted or not found.is_floating_point():
         raise ValueError(f"`method` (={name_of(method)!r}) returned {found.dtype} of shape {tuple(found.shape)}")
     if not bool(found.isfinite().all()):
         raise ValueError(f"`method` (={name_of(method)!r}) returned values that are not finite")
     return found if several else found.squeeze(1)
+
+
+def _checked(model: nn.Module, x: Tensor, target: Any) -> Tensor:
+    """Classes of all samples, (N,) or (N, K)."""
+    check_inputs(model, x)
+    if x.ndim != 4:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, must be images (N, C, H, W)")
+    classes = torch.as_tensor(target, device=x.device)
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool or classes.ndim > 2:
+        raise TypeError(f"`target` (={target!r}) must be class indices, one or several per sample")
+    if classes.numel() == 0 or (classes.ndim and len(classes) not in (1, len(x))):
+        raise ValueError(f"`target` has {len(classes)} rows for {len(x)} samples")
+    if int(classes.min()) < 0:
+        raise ValueError(f"`target` (={int(classes.min())}) must not be negative")
+    return classes.long().expand(len(x), *classes.shape[1:])
+
+
+def _for_any_target(function: Callable[_Parameters, Tensor]) -> Callable[_Parameters, Tensor]:
+    """A method for classes (N, K), for one class per sample as well."""
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Tensor:
+        given: Any = args
+        model, x, target = given
+        classes = _checked(model, x, target)
+        if classes.ndim == 2:
+            return cast("Any", function)(model, x, classes, **kwargs)
+        return cast("Any", function)(model, x, classes[:, None], **kwargs).squeeze(1)
+
+    return call
 
 
 def resolve(method: Any) -> Method:
@@ -78,7 +106,7 @@ def resolve(method: Any) -> Method:
         inner = cast("Any", inner.func)
     if inner in METHODS.values():
         return method
-    if isinstance(method, type) or hasattr(method, "attribute"):
+    if hasattr(method, "attribute"):
         return partial(_each_target, partial(_of_captum, method))
     if not callable(method):
         raise TypeError(f"`method` (={method!r}) must be a name, a function or an attribution of captum")
@@ -108,20 +136,34 @@ def _each_target(function: Any, model: nn.Module, x: Tensor, target: Tensor) -> 
 
 
 def _of_captum(method: Any, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    attribution = method(_copy(model)) if isinstance(method, type) else method
-    return attribution.attribute(x, target=target)
+    if isinstance(method, type):
+        method = cast("Any", method)(_copy(model))
+    elif method.forward_func is not model:
+        raise ValueError(
+            f"`method` (={name_of(method)!r}) was made with another network than the one that is explained: "
+            "give its class, or a function"
+        )
+    try:
+        return method.attribute(x, target=target)
+    except TypeError as error:
+        raise ValueError(
+            f"`method` (={name_of(method)!r}) needs arguments: give a function (model, x, target) ({error})"
+        ) from error
 
 
+@_for_any_target
 def bcos(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """`W(x)·x` summed over the channels: `bcoskit.explain`, one forward pass for all targets."""
     return explain(model, x, target).contributions
 
 
+@_for_any_target
 def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """The gradient, signed, summed over the channels (captum's `Saliency` with `abs=False`)."""
     return _gradients(model, x, target).sum(2)
 
 
+@_for_any_target
 def input_x_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Input times gradient, summed over the channels (captum's `InputXGradient`)."""
     return (_gradients(model, x, target) * x.unsqueeze(1)).sum(2)
@@ -133,6 +175,7 @@ def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         return _all_targets(_Chosen(model, target), (start,))[0].movedim(0, 1)
 
 
+@_for_any_target
 def integrated_gradients(
     model: nn.Module, x: Tensor, target: Tensor, *, steps: int = 50, batch_size: int = 8
 ) -> Tensor:
@@ -157,11 +200,13 @@ def integrated_gradients(
     return (found * x.unsqueeze(1)).sum(2)
 
 
+@_for_any_target
 def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """DeepLIFT from zeros (Shrikumar et al., ICML 2017) by captum: differences pass activations by the rescale rule."""
     return _hooked(_captum().DeepLift, model, x, target)
 
 
+@_for_any_target
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive."""
     return _hooked(_captum().GuidedBackprop, model, x, target)
@@ -176,6 +221,7 @@ def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, tar
         return _each_target(one, _copy(model), x, target)
 
 
+@_for_any_target
 def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None = None) -> Tensor:
     """Grad-CAM (Selvaraju et al., ICCV 2017) by captum, brought to the size of the input by nearest neighbours.
 
@@ -211,35 +257,41 @@ def last_map(model: nn.Module, x: Tensor) -> str:
     Raises:
         ValueError: If what comes before the classifier is no map (N, C, H, W), as in transformers.
     """
-    found: list[tuple[str, tuple[int, ...]]] = []
+    found: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def note(path: str, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim >= 3 and math.prod(output.shape[2:]) > 1:
+            found.append((path, module, tuple(output.shape)))
+
     handles = [
-        module.register_forward_hook(
-            lambda _module, _inputs, output, path=path: (
-                found.append((path, tuple(output.shape))) if isinstance(output, Tensor) else None
-            )
-        )
+        module.register_forward_hook(lambda module, _inputs, output, path=path: note(path, module, output))
         for path, module in model.named_modules()
+        if path
     ]
     try:
         with torch.no_grad():
-            logits = model(x)
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
     stages = getattr(model, "stage_names", ())
-    named = {path: shape for path, shape in found if path in stages[-1:]}
-    inside = [
-        (path, shape)
-        for path, shape in found
-        if path and len(shape) >= 3 and math.prod(shape[2:]) > 1 and shape[1] != logits.shape[-1]
-    ]
-    path, shape = next(iter(named.items()), None) or (inside[-1] if inside else ("", ()))
-    if len(shape) != 4 or (shape[1] == shape[2] != shape[3]):
-        end = f"{path!r} returns {shape}" if path else "no layer returns maps"
-        raise ValueError(f"`method` (='grad_cam') needs a layer with maps (N, C, H, W) before the classifier: {end}")
+    heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ClassifierHead))
+    named = [each for each in found if each[0] in stages[-1:]]
+    before = [each for each in found if not f"{each[0]}.".startswith(heads)] if heads else found
+    if not named and not before:
+        raise ValueError("`method` (='grad_cam') needs a layer with maps (N, C, H, W): no layer returns maps")
+    path, module, shape = (named or before)[-1]
+    # Layers that work on the last axis have the channels there.
+    channels_last = isinstance(module, (nn.Linear, nn.LayerNorm)) and "2d" not in type(module).__name__
+    if len(shape) != 4 or channels_last:
+        raise ValueError(
+            "`method` (='grad_cam') needs a layer with maps (N, C, H, W) before the classifier, but "
+            f"{path!r} returns {shape}"
+        )
     return path
 
 
+@_for_any_target
 def occlusion(
     model: nn.Module,
     x: Tensor,
@@ -255,7 +307,8 @@ def occlusion(
         model: The network.
         x: Inputs (N, C, H, W).
         target: Classes (N, K).
-        window: Side of the window; by default 32 for inputs of at least 224 pixels, 9 of at least 64, else 5.
+        window: Side of the window; by default 32 for inputs of at least 224 pixels, 9 of at least 64, else 5. (The
+            authors' windows have a pixel less where the side is odd.)
         stride: Step of the window; by default 32, 4 and 2.
         batch_size: Windows that are computed at once.
     """
@@ -272,10 +325,11 @@ def occlusion(
         for sample, classes in zip(x, target, strict=True):
             engine = _captum().Occlusion(_Chosen(model, classes[None]))
             found = engine.attribute(sample[None], shapes, strides, perturbations_per_eval=batch_size)
-            maps.append(found.sum(1))
+            maps.append(found.sum(1).to(x.dtype))
     return torch.stack(maps)
 
 
+@_for_any_target
 def rise(
     model: nn.Module,
     x: Tensor,
@@ -305,25 +359,24 @@ def rise(
     generator = torch.Generator().manual_seed(seed)
     height, width = x.shape[-2:]
     cell = [math.ceil(size / cells) for size in (height, width)]
+    grids = (torch.rand(count, 1, cells, cells, generator=generator) < probability).float()
+    shifts = torch.stack([torch.randint(each, (count,), generator=generator) for each in cell], 1)
     saliency = x.new_zeros(*target.shape, height, width)
     with torch.no_grad():
-        for begin in range(0, count, batch_size):
-            size = min(batch_size, count - begin)
-            grids = (torch.rand(size, 1, cells, cells, generator=generator) < probability).float()
-            large = F.interpolate(grids, [(cells + 1) * each for each in cell], mode="bilinear")
-            shifts = [torch.randint(each, (size,), generator=generator).tolist() for each in cell]
-            masks = torch.stack(
-                [
-                    mask[0, top : top + height, left : left + width]
-                    for mask, top, left in zip(large, *shifts, strict=True)
-                ]
-            ).to(x)
+        for few, places in zip(grids.split(batch_size), shifts.split(batch_size), strict=True):
+            large = F.interpolate(few, [(cells + 1) * each for each in cell], mode="bilinear")[:, 0]
+            parts = [
+                mask[top : top + height, left : left + width]
+                for mask, (top, left) in zip(large, places.tolist(), strict=True)
+            ]
+            masks = torch.stack(parts).to(x)
             for index, sample in enumerate(x):
-                chosen = probabilities_of(model, model(sample * masks[:, None]))[:, target[index]]
+                chosen = _probabilities(model, sample * masks[:, None], target[index])
                 saliency[index] += torch.einsum("mk,mhw->khw", chosen, masks)
     return saliency / (count * probability)
 
 
+@_for_any_target
 def lime(
     model: nn.Module,
     x: Tensor,
@@ -368,6 +421,7 @@ def lime(
     return _by_segments(engine, shown, model, x, target, count, kernel_size, batch_size, seed)
 
 
+@_for_any_target
 def kernel_shap(
     model: nn.Module,
     x: Tensor,
@@ -452,6 +506,13 @@ def _means(sample: Tensor, segments: Tensor, number: int) -> Tensor:
     return (sums / flat.bincount(minlength=number))[:, flat].view_as(sample)
 
 
+def _probabilities(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    """Of classes (K,), for all samples: (N, K)."""
+    logits = model(x)
+    check_classes(classes.tolist(), logits)
+    return probabilities_of(model, logits)[:, classes]
+
+
 class _Replayed:
     """The probabilities of one target of an image, and then of the next, on the same sequence of samples.
 
@@ -471,7 +532,7 @@ class _Replayed:
     def __call__(self, x: Tensor) -> Tensor:
         position = next(self._position)
         if position == len(self._seen):
-            found = probabilities_of(self._model, self._model(x))[:, self._classes]
+            found = _probabilities(self._model, x, self._classes)
             self._seen.append((x.sum((1, 2, 3)), found))
         check, found = self._seen[position]
         assert torch.equal(check, x.sum((1, 2, 3))), "samples of another target differ"
@@ -488,10 +549,7 @@ class _Chosen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.model(x)
-        if logits.ndim != 2 or int(self.target.max()) >= logits.shape[1]:
-            raise ValueError(
-                f"`target` (={int(self.target.max())}) is out of range for an output of shape {tuple(logits.shape)}"
-            )
+        check_classes(self.target.flatten().tolist(), logits)
         return logits.gather(1, self.target.repeat(len(logits) // len(self.target), 1))
 
 

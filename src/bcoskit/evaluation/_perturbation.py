@@ -17,6 +17,8 @@ from bcoskit.evaluation._result import Result, Row
 
 Baseline: TypeAlias = Literal["zero", "mean", "blur"]
 """What stands in the place of a pixel: 0 in all channels, the mean of the image, or the blurred image."""
+Kind: TypeAlias = Literal["deletion", "insertion", "perturbation"]
+"""Which way pixels go, and in which order."""
 
 
 def perturbation_curve(
@@ -104,10 +106,9 @@ class Perturbation:
     """Areas under the curves of perturbation: see `deletion`, `insertion` and `perturbation`.
 
     Attributes:
-        name: As in results.
-        least_first: As of `perturbation_curve`.
-        insert: As of `perturbation_curve`.
-        baseline: As of `perturbation_curve`.
+        kind: "deletion" (pixels vanish, the most important first), "insertion" (they appear), or "perturbation" (they
+            vanish, the least important first).
+        baseline: As of `perturbation_curve`; by default "blur" for insertion, else "zero".
         steps: As of `perturbation_curve`.
         patch: As of `perturbation_curve`.
         count: Number of images, drawn at random; None for all.
@@ -115,10 +116,8 @@ class Perturbation:
         seed: Of the draw.
     """
 
-    name: str
-    least_first: bool = False
-    insert: bool = False
-    baseline: Baseline = "zero"
+    kind: Kind
+    baseline: Baseline | None = None
     steps: int = 32
     patch: int = 1
     count: int | None = None
@@ -127,9 +126,16 @@ class Perturbation:
 
     needs_method = True
 
+    @property
+    def name(self) -> str:
+        """The kind."""
+        return self.kind
+
     def __post_init__(self) -> None:
         check_explained(self.explained)
-        if self.baseline not in ("zero", "mean", "blur"):
+        if self.kind not in ("deletion", "insertion", "perturbation"):
+            raise ValueError(f"`kind` (={self.kind!r}) must be 'deletion', 'insertion' or 'perturbation'")
+        if self.baseline not in (None, "zero", "mean", "blur"):
             raise ValueError(f"`baseline` (={self.baseline!r}) must be 'zero', 'mean' or 'blur'")
         for name in ("steps", "patch"):
             if getattr(self, name) < 1:
@@ -147,9 +153,9 @@ class Perturbation:
             x,
             target,
             attribute(model, x, target, method),
-            least_first=self.least_first,
-            insert=self.insert,
-            baseline=self.baseline,
+            least_first=self.kind == "perturbation",
+            insert=self.kind == "insertion",
+            baseline=self.baseline or ("blur" if self.kind == "insertion" else "zero"),
             steps=self.steps,
             patch=self.patch,
         )
@@ -193,7 +199,7 @@ def deletion(
     Raises:
         ValueError: If an argument is out of its range, or the method does not fit the network.
     """
-    metric = Perturbation("deletion", False, False, baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("deletion", baseline, steps, patch, count, explained, seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
@@ -215,7 +221,7 @@ def insertion(
 
     Petsiuk et al., RISE, BMVC 2018. Arguments, result and errors are those of `deletion`.
     """
-    metric = Perturbation("insertion", False, True, baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("insertion", baseline, steps, patch, count, explained, seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
@@ -237,5 +243,5 @@ def perturbation(
 
     Srinivas and Fleuret, NeurIPS 2019. Arguments, result and errors are those of `deletion`.
     """
-    metric = Perturbation("perturbation", True, False, baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("perturbation", baseline, steps, patch, count, explained, seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)

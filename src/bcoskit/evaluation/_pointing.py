@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit.evaluation._accuracy import accuracy
-from bcoskit.evaluation._loop import run_metric, stacked
+from bcoskit.evaluation._loop import item_of, run_metric, stacked
 from bcoskit.evaluation._methods import attribute
 from bcoskit.evaluation._result import Result, Row
 
@@ -32,6 +32,7 @@ class GridPointing:
     smooth: int | None = None
     window: int | None = None
     stride: int | None = None
+    rescale: bool = False
     authors_offset: bool = False
     seed: int = 42
 
@@ -57,7 +58,7 @@ class GridPointing:
     def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[tuple[int, ...]]:
         """Images of each grid, chosen by the predictions of all images."""
         return choose_grids(
-            ranking or accuracy(model, dataset).rows,
+            ranking,
             grid=self.grid,
             count=self.count,
             protocol=self.protocol,
@@ -68,9 +69,13 @@ class GridPointing:
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[tuple[int, ...]], method: Any) -> list[list[Row]]:
         """The scores of the cells of some grids."""
-        items = [[dataset[index] for index in unit] for unit in units]
+        items = [[item_of(dataset, index) for index in unit] for unit in units]
         cells = torch.stack([stacked(model, [item[0] for item in grid]) for grid in items])
-        target = torch.tensor([[int(item[1]) for item in grid] for grid in items], device=cells.device)
+        if self.rescale:
+            side = cells.shape[-1] // self.grid
+            small = F.interpolate(cells.flatten(0, 1), (side, side), mode="bilinear", antialias=True)
+            cells = small.unflatten(0, cells.shape[:2])
+        target = torch.tensor([[item[1] for item in grid] for grid in items], device=cells.device)
         images = make_grid(cells)
         maps = self._contributions(model, images, target, method)
         scores = grid_scores(maps, self.grid, self._smooth(cells), _SMALLEST_MASS[self.protocol]).tolist()
@@ -106,6 +111,7 @@ def grid_pointing_game(
     smooth: int | None = None,
     window: int | None = None,
     stride: int | None = None,
+    rescale: bool = False,
     authors_offset: bool = False,
     seed: int = 42,
     batch_size: int = 1,
@@ -142,6 +148,7 @@ def grid_pointing_game(
             window is explained by itself, contributions are added (Arya et al., NeurIPS 2024, with half a window of
             zeros around the grid).
         stride: Step of the window; by default half its side.
+        rescale: Shrink each cell, so that the grid has the size of one image.
         authors_offset: Lose an image after each grid, as the authors' code does.
         seed: Of the draws.
         batch_size: Grids at once.
@@ -154,8 +161,11 @@ def grid_pointing_game(
         ValueError: If an argument is out of its range, too few images are classified with enough confidence, or the
             method does not fit the network.
     """
-    metric = GridPointing(grid, count, protocol, threshold, smooth, window, stride, authors_offset, seed)
-    return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
+    metric = GridPointing(grid, count, protocol, threshold, smooth, window, stride, rescale, authors_offset, seed)
+    ranking = accuracy(model, dataset)
+    options: Any = {"batch_size": batch_size, "progress": progress, "ranking": ranking.rows}
+    found = run_metric(metric, model, dataset, method, **options)
+    return replace(found, failures=(*ranking.failures, *found.failures))
 
 
 def choose_grids(
@@ -255,8 +265,14 @@ def _at_random(queues: dict[int, list[int]], size: int, random: np.random.Random
 
 
 def make_grid(cells: Tensor) -> Tensor:
-    """Images side by side, column by column: (N, g², C, S, S) to (N, C, g·S, g·S)."""
+    """Images side by side, column by column: (N, g², C, S, S) to (N, C, g·S, g·S).
+
+    Raises:
+        ValueError: If there is no square number of square images.
+    """
     side = math.isqrt(cells.shape[1])
+    if side * side != cells.shape[1] or cells.shape[-1] != cells.shape[-2]:
+        raise ValueError(f"`cells` of shape {tuple(cells.shape)} must be a square number of square images")
     rows = cells.unflatten(1, (side, side)).permute(0, 3, 2, 4, 1, 5)  # N, C, row, S, column, S
     return rows.flatten(4, 5).flatten(2, 3).contiguous()
 
@@ -269,7 +285,13 @@ def grid_scores(maps: Tensor, grid: int, smooth: int = 1, smallest_mass: float =
         grid: Cells along each side.
         smooth: Side of the mean filter, odd.
         smallest_mass: At or below it the score is 0.
+
+    Raises:
+        ValueError: If `maps` are not those of a grid, or `smooth` is even.
     """
+    check_smooth(smooth)
+    if maps.ndim != 4 or maps.shape[1] != grid**2 or maps.shape[-1] % grid or maps.shape[-2] % grid:
+        raise ValueError(f"`maps` of shape {tuple(maps.shape)} must be (N, {grid**2}, H, W) in {grid} x {grid} cells")
     positive = smoothed(maps, smooth).clamp_min(0)
     cells = positive.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).sum((3, 5))  # N, target, row, column
     shares = cells.transpose(2, 3).flatten(2)
@@ -337,10 +359,14 @@ class EnergyPointing:
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """The scores of some images."""
-        items = [dataset[index] for index in units]
+        items = [item_of(dataset, index) for index in units]
         x = stacked(model, [item[0] for item in items])
+        if any(len(item) < 3 for item in items):
+            raise ValueError(
+                "an item of `dataset` must be (encoded image, label, region): boxes (M, 4) or a mask (H, W)"
+            )
         masks = stacked(model, [region_mask(item[2], x.shape[-2:]) for item in items])
-        target = torch.tensor([int(item[1]) for item in items], device=x.device)
+        target = torch.tensor([item[1] for item in items], device=x.device)
         positive = smoothed(attribute(model, x, target, method)[:, None], self.smooth).clamp_min(0)[:, 0]
         total, inside = positive.sum((1, 2)), (positive * masks).sum((1, 2))
         scores = torch.where(total > 0, inside / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0).tolist()
@@ -366,7 +392,8 @@ def energy_pointing_game(
     Args:
         model: A network in evaluation mode.
         dataset: A sequence of (encoded image (C, H, W), label, region). A region is a mask (H, W) of zeros and ones or
-            truth values, or boxes (M, 4) of pixels: left, top, right, bottom, of which the last two are not inside.
+            truth values, or boxes (M, 4) of pixels: left, top, right, bottom, of which the last two are not inside; a
+            pixel that a box touches belongs to it.
         method: Attribution method, see `attribute`.
         smooth: Side of the mean filter on the contributions, odd.
         batch_size: Images at once.
@@ -389,7 +416,9 @@ def region_mask(region: Any, size: Sequence[int]) -> Tensor:
     """
     height, width = size
     values = torch.as_tensor(region)
-    if tuple(values.shape) == (height, width) and (height, width) != (1, 4):
+    # On images of 4 columns boxes may have the shape of a mask: integers are boxes then.
+    boxes = values.ndim == 2 and values.shape[1] == 4 and values.dtype in (torch.int64, torch.int32)
+    if tuple(values.shape) == (height, width) and not boxes:
         mask = values.float()
         if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
             raise ValueError("a mask must hold zeros and ones, and not zeros alone")
@@ -404,5 +433,5 @@ def region_mask(region: Any, size: Sequence[int]) -> Tensor:
             raise ValueError(
                 f"the box {(left, top, right, bottom)} is empty or outside of the image of {width}x{height} pixels"
             )
-        mask[round(top) : round(bottom), round(left) : round(right)] = 1
+        mask[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = 1
     return mask

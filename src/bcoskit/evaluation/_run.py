@@ -7,22 +7,25 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from bcoskit import __version__
+from bcoskit._checks import check_evaluation_mode
 from bcoskit._files import unfinished_file
 from bcoskit._fingerprint import fingerprint
 from bcoskit.evaluation._accuracy import Accuracy
-from bcoskit.evaluation._loop import Metric, check_hopeful, chunks, measure_chunk, settings_of
-from bcoskit.evaluation._methods import name_of
+from bcoskit.evaluation._loop import Metric, check_hopeful, chunks, item_of, measure_chunk, settings_of
+from bcoskit.evaluation._methods import METHODS, name_of, resolve
 from bcoskit.evaluation._result import Failure, Result, Row
 
 SETTINGS, PARTS = "settings.json", "parts"
 _IMAGES_OF_ACCURACY = 512  # in one part
+_SAMPLED = 16  # images that tell datasets apart
 
 Progress: TypeAlias = Callable[[str, int, int], object]
 
@@ -51,7 +54,7 @@ def evaluate(
     metrics: Sequence[Metric],
     methods: Sequence[Any] = ("bcos",),
     *,
-    out: Path,
+    out: str | Path,
     name: str = "model",
     batch_size: int = 1,
     resume: bool = False,
@@ -61,7 +64,8 @@ def evaluate(
 
     Predictions of all images come first. Each part of the work, `batch_size` units, is written to `out` when it is
     done; a run that was broken off goes on with what is missing, and ends with the same rows. Several processes, as
-    `torchrun` starts them (`RANK`, `WORLD_SIZE`), share the parts and take over what another one has not done.
+    `torchrun` starts them (`RANK`, `WORLD_SIZE`), share the parts and take over what another one has not done; there,
+    a run with the same network, images and settings that is in `out` is always gone on with.
 
     Args:
         model: A network in evaluation mode.
@@ -71,7 +75,7 @@ def evaluate(
         out: Folder of the run.
         name: What the network is called in rows.
         batch_size: Units, images or grids, that are measured at once; it decides rounding.
-        resume: Go on with the run in `out`, if there is one.
+        resume: Go on with the run in `out`, if there is one; what failed is tried again.
         progress: Called as `progress(job, done, total)` for each metric and method.
 
     Returns:
@@ -80,20 +84,23 @@ def evaluate(
     Raises:
         ValueError: If `out` holds another run, or one that is not to be resumed; as the metrics.
     """
-    if model.training:
-        raise ValueError("`model` must be in evaluation mode: call `model.eval()` first")
+    check_evaluation_mode(model)
+    out = Path(out)
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
     names = [name_of(method) for method in methods]
     if len(set(names)) < len(names):
-        raise ValueError(f"`methods` (={names}) must be different")
+        raise ValueError(f"`methods` (={names}) must have different names")
+    for method in methods:
+        resolve(method)  # raises for what is none
     wanted = [metric for metric in metrics if metric.name != Accuracy.name]
     settings = {
         "model": name,
         "weights": fingerprint(model, str(model)),
         "images": len(dataset),
-        "metrics": {metric.name: settings_of(metric) for metric in wanted},
-        "methods": names,
+        "data": _digest_of(dataset),
+        "metrics": [{"metric": metric.name, **settings_of(metric)} for metric in wanted],
+        "methods": [_identity(method) for method in methods],
         "batch_size": batch_size,
         "versions": {"bcoskit": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
@@ -107,28 +114,68 @@ def evaluate(
     return results
 
 
+def _digest_of(dataset: Any) -> str:
+    """Of labels, if they are at hand, and of some images: tells datasets apart without reading them."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    labels = getattr(dataset, "labels", None)
+    if labels is not None:
+        digest.update(torch.as_tensor(labels).to(torch.int64).cpu().numpy().tobytes())
+    for index in sorted({round(place * (len(dataset) - 1) / _SAMPLED) for place in range(_SAMPLED + 1)}):
+        try:
+            x, label, *_ = item_of(dataset, index)
+        except ValueError as error:
+            digest.update(str(error).encode())
+        else:
+            digest.update(f"{label} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _identity(method: Any) -> str:
+    """The name of a method, and of a function the digest of its code."""
+    inner = method
+    while isinstance(inner, partial):
+        inner = cast("Any", inner.func)
+    code = getattr(inner, "__code__", None)
+    if code is None or isinstance(method, str) or inner in METHODS.values():
+        return name_of(method)
+    digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()[:8]
+    return f"{name_of(method)} {digest}"
+
+
 def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
     file = out / SETTINGS
-    # The processes of a run begin at the same time: what another one has just written is no earlier run.
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    now = json.loads(json.dumps(settings, default=_plain))
     if file.exists():
-        if not resume and alone:
+        if not resume and processes == 1:
             raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
         try:
             before = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: cannot be read, so that the run cannot be resumed ({error})") from error
-        now = json.loads(json.dumps(settings))
         changed = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
         if changed:
             raise ValueError(
                 f"`{changed[0]}` (={now[changed[0]]}) is not that of the run in {out}; resume it with the same "
                 "settings, or choose another folder"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / PARTS).is_dir():
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and processes == 1:
         raise ValueError(f"`out` (={str(out)!r}) must be a new folder, or that of an earlier run")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings, indent=2) + "\n")
+    write_text(file, json.dumps(now, indent=2) + "\n")
+    if resume and rank == 0:
+        for part in (out / PARTS).glob("*/*.json"):
+            found = _read_part(part)
+            if found is None or found[1]:  # what has failed may succeed now
+                part.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be written to JSON")
 
 
 def _job(
@@ -136,10 +183,9 @@ def _job(
 ) -> _Job:
     units = metric.units(model, dataset, ranking)
     label = f"{metric.name}-{name_of(method)}" if metric.needs_method else metric.name
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", label)[:80]
-    if safe != label:
-        safe += "-" + hashlib.sha256(label.encode()).hexdigest()[:8]
-    folder = out / PARTS / safe
+    known = json.dumps([label, settings_of(metric)], default=_plain)
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", label)[:60]
+    folder = out / PARTS / f"{readable}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return _Job(metric, method, units, chunks(len(units), size), folder)
 
@@ -183,7 +229,8 @@ def _read_part(file: Path) -> tuple[list[Row], list[Failure]] | None:
 
 
 def _write_part(file: Path, rows: list[Row], failures: list[Failure]) -> None:
-    write_text(file, json.dumps({"rows": rows, "failures": [asdict(failure) for failure in failures]}))
+    content = {"rows": rows, "failures": [asdict(failure) for failure in failures]}
+    write_text(file, json.dumps(content, allow_nan=False))
 
 
 def write_text(file: Path, text: str) -> None:

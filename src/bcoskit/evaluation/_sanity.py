@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bcoskit._explain import explain
 from bcoskit.evaluation._images import Explained, check_explained, drawn, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
-from bcoskit.evaluation._methods import attribute
+from bcoskit.evaluation._methods import attribute, name_of
 from bcoskit.evaluation._result import Result, Row
 
 
@@ -48,7 +48,8 @@ class Randomization:
 def randomized(model: nn.Module, seed: int = 42) -> Iterator[tuple[str, nn.Module]]:
     """Copies of a network in which more and more layers, from the output to the input, have random weights.
 
-    Every layer that has a `reset_parameters` and parameters of its own is filled by it.
+    Every layer that has a `reset_parameters` and parameters of its own is filled by it; torch's attention likewise.
+    Parameters outside of such layers, such as tables of positions, stay.
 
     Args:
         model: The network; it is not changed.
@@ -61,21 +62,26 @@ def randomized(model: nn.Module, seed: int = 42) -> Iterator[tuple[str, nn.Modul
         ValueError: If the network has no such layer.
     """
     changed = copy.deepcopy(model)
-    layers: list[tuple[str, Any]] = [
-        (path, module)
+    layers = [
+        (path, module, reset)
         for path, module in changed.named_modules()
-        if path
-        and callable(getattr(module, "reset_parameters", None))
-        and next(module.parameters(False), None) is not None
+        if (reset := _reset_of(module)) is not None and next(module.parameters(False), None) is not None
     ]
     if not layers:
         raise ValueError("`model` has no layer with `reset_parameters`: its weights cannot be randomised")
-    for number, (path, layer) in enumerate(reversed(layers)):
+    for number, (path, layer, reset) in enumerate(reversed(layers)):
         device = next(layer.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + number)
-            layer.reset_parameters()
+            reset()
         yield path, changed
+
+
+def _reset_of(module: Any) -> Callable[[], object] | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return module._reset_parameters
+    reset = getattr(module, "reset_parameters", None)
+    return reset if callable(reset) else None
 
 
 def randomization(
@@ -163,6 +169,12 @@ class Stability:
             relative_change(original, attribute(model, noisy, target, method))
             for noisy in (_noisy(x, units, self.noise, (self.seed, draw)) for draw in range(self.draws))
         ]
+        if 2 * self.shift >= min(x.shape[-2:]):
+            raise ValueError(f"`shift` (={self.shift}) leaves nothing of {x.shape[-1]}x{x.shape[-2]} pixels to compare")
+        empty = (original == 0).flatten(1).all(1)
+        if bool(empty.any()):
+            number = units[int(empty.nonzero()[0])]
+            raise ValueError(f"image {number}: its explanation is 0 everywhere, and has no measure")
         inner = slice(self.shift, -self.shift)
         by_shift = [
             relative_change(
@@ -264,7 +276,7 @@ class Completeness:
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """Logit, constant, sum and what is left of some images."""
         x, target = inputs_and_targets(model, dataset, units, self.explained)
-        if method == "bcos":
+        if name_of(method) == "bcos":
             found = explain(model, x, target, shares=True)
             assert found.shares is not None
             logit, total = found.value, found.value - found.bias

@@ -1,5 +1,6 @@
 """The outcome of a run: rows as Parquet and JSON, summaries as JSON and Markdown, figures."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,20 +51,31 @@ def write_results(results: Sequence[Result], out: Path) -> dict[str, Any]:
     summary = summary_of(results, settings)
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(out / "summary.md", markdown(summary))
-    for metric in dict.fromkeys(result.metric for result in results if result.method is not None):
-        chosen = [result for result in results if result.metric == metric]
-        box_plot(chosen, out / f"{metric}.png")
-        if metric in _CURVES:
-            curve_plot(chosen, out / f"{metric}_curves.png")
+    for name, chosen in _by_metric(results).items():
+        box_plot(chosen, out / f"{name}.png")
+        if chosen[0].metric in _CURVES:
+            curve_plot(chosen, out / f"{name}_curves.png")
     return summary
+
+
+def _by_metric(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The methods' results of each metric; a metric with other settings has a name with a number."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.method is None:
+            continue
+        names = itertools.chain((result.metric,), (f"{result.metric}_{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in found or found[name][0].settings == result.settings)
+        found.setdefault(name, []).append(result)
+    return found
 
 
 def summary_of(results: Sequence[Result], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings, accuracy, and one line per metric and method."""
     lines = [
-        {"metric": result.metric, "method": result.method, **result.summary(), "failures": len(result.failures)}
-        for result in results
-        if result.method is not None
+        {"metric": name, "method": result.method, **result.summary(), "failures": len(result.failures)}
+        for name, chosen in _by_metric(results).items()
+        for result in chosen
     ]
     failures = [
         {"metric": result.metric, "method": result.method, "unit": failure.unit, "reason": failure.reason}
@@ -172,10 +184,11 @@ def example_sheet(
         file: The picture that is written.
         percentiles: From 0 to 100.
     """
-    first = results[0]
+    everywhere = set[int].intersection(*({row["unit"] for row in result.rows} for result in results))
     by_unit: dict[int, list[Row]] = {}
-    for row in first.rows:
-        by_unit.setdefault(row["unit"], []).append(row)
+    for row in results[0].rows:
+        if row["unit"] in everywhere:
+            by_unit.setdefault(row["unit"], []).append(row)
     means = {unit: float(np.mean([row["score"] for row in rows])) for unit, rows in by_unit.items()}
     wanted = np.percentile(list(means.values()), percentiles)
     units: list[int] = []
