@@ -245,3 +245,44 @@ def test_wrong_arguments(arguments, error, message):
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="evaluation mode"):
         attribute(small().train(), X, 0, "gradient")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_functions_for_one_target_or_several(name):
+    function = partial(METHODS[name], **FEW.get(name, {}))
+    alone = function(small(), X, TARGET[:, 1])
+    assert alone.shape == (2, 8, 8)
+    torch.testing.assert_close(alone, function(small(), X, TARGET)[:, 1])
+    torch.testing.assert_close(attribute(small(), X, TARGET, lambda m, x, t: function(m, x, t))[:, 1], alone)
+    with pytest.raises(ValueError, match=r"no class of the network|out of range"):
+        function(small(), X, torch.tensor([0, 4]))
+
+
+def test_an_attribution_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="was made with another network"):
+        attribute(small(), X, 0, captum.attr.Saliency(small()))
+    with pytest.raises(ValueError, match="needs arguments"):
+        attribute(small(), X, 0, captum.attr.Occlusion)
+
+
+def test_grad_cam_where_maps_have_as_many_channels_as_there_are_classes():
+    from bcoskit.evaluation._methods import last_map
+
+    assert last_map(small(classes=8), X) == "act2"
+    assert last_map(patches(), images(1)[0][0][None]) == "conv"
+    wide = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    assert last_map(wide, torch.rand(1, 3, 8, 16)) == "0"
+    swin = timm.create_model("test_vit3", num_classes=4).eval()
+    with pytest.raises(ValueError, match="grad_cam"):
+        attribute(swin, torch.rand(1, 3, 160, 160), 0, "grad_cam")
+
+
+def test_masks_of_rise_do_not_depend_on_how_many_are_computed_at_once():
+    found = [attribute(small(), X, 0, partial(METHODS["rise"], count=9, batch_size=size)) for size in (2, 9)]
+    torch.testing.assert_close(*found)
+
+
+def test_double_precision_stays():
+    model = small().double()
+    for name in METHODS:
+        assert attribute(model, X.double(), 0, method(name)).dtype == torch.float64

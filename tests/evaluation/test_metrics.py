@@ -258,3 +258,91 @@ def test_wrong_data():
         deletion(patches(), images(), explained="nothing")
     with pytest.raises(ValueError, match="`patch`"):
         deletion(patches(), images(), patch=3)
+
+
+def test_predictions_are_the_first_of_equal_logits():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.new_zeros(len(x), 10)
+
+    rows = accuracy(Constant().eval(), [(torch.rand(3, 4, 4), 0)]).rows
+    assert rows[0]["predicted"] == 0
+    assert rows[0]["score"] == 1
+
+
+def test_full_confidence_is_in_the_last_interval():
+    rows = [
+        {"score": score, "top5": 1, "probability": confidence, "softmax": confidence}
+        for confidence, score in ((1.0, 0.0), (0.95, 1.0))
+    ]
+    assert accuracy_figures(rows)["calibration_error"] == pytest.approx(abs(0.975 - 0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((torch.rand(3, 8, 8), 1.9), "the label 1.9"),
+        ((torch.rand(3, 8, 8), None), "the label None"),
+        ((torch.rand(3, 8, 8), [0, 1]), "the label"),
+        ((torch.rand(3, 8, 8), 9), "no class of the network, which has 4"),
+        ((torch.rand(8, 8), 1), r"\(C, H, W\)"),
+        (torch.rand(3, 8, 8)[0], "must be"),
+    ],
+)
+def test_wrong_items(item, message):
+    with pytest.raises(ValueError, match=message):
+        accuracy(small(), [item])
+    with pytest.raises(ValueError, match=message):
+        deletion(small(), [item], "gradient", explained="label")
+
+
+def test_items_of_numpy():
+    data = [(x.numpy(), np.int64(label)) for x, label in noise(3)]
+    assert accuracy(small(), data).rows == accuracy(small(), noise(3)).rows
+
+
+def test_a_part_in_training_mode_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.BatchNorm2d(3), small()).eval()
+    model[0].train()
+    mean = model[0].running_mean.clone()
+    for call in (accuracy, deletion, randomization):
+        with pytest.raises(ValueError, match="its module '0' is in training mode"):
+            call(model, noise(2))
+    assert torch.equal(model[0].running_mean, mean)
+
+
+def test_wrong_numbers():
+    for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"shift": 4}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            stability(small(), noise(2), "gradient", **wrong)
+    with pytest.raises(ValueError, match="0 everywhere"):
+        stability(small(), noise(2), lambda model, x, target: 0 * x)
+    with pytest.raises(ValueError, match="no images"):
+        stability(small(), [])
+
+
+def test_the_weights_of_attention_are_randomised_too():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x):
+            tokens = x.flatten(2).transpose(1, 2)
+            return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+    from bcoskit.evaluation import randomized
+
+    model = Attending().eval()
+    before = model.attention.in_proj_weight.detach().clone()
+    changed = [(path, copy.attention.in_proj_weight.detach().clone()) for path, copy in randomized(model)]
+    assert [path for path, _ in changed] == ["attention.out_proj", "attention"]
+    assert torch.equal(changed[0][1], before)
+    assert not torch.equal(changed[1][1], before)
+
+
+def test_functions_of_methods_are_methods_by_name():
+    from bcoskit.evaluation import METHODS
+
+    by_name, by_function = (completeness(small(), noise(2), method) for method in ("bcos", METHODS["bcos"]))
+    assert by_name.rows == by_function.rows

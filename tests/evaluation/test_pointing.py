@@ -321,3 +321,39 @@ def test_the_network_that_ships_finds_its_cell():
     result = grid_pointing_game(model, data, grid=2, count=1)
     assert result.median > 0.7
     assert grid_pointing_game(model, data, "input_x_gradient", grid=2, count=1).median < 0.6
+
+
+def test_shrunken_cells_make_a_grid_of_one_image():
+    model, passes = patches(), []
+    model.register_forward_hook(lambda _module, inputs, _output: passes.append(tuple(inputs[0].shape[-2:])))
+    result = grid_pointing_game(model, images(), grid=2, count=2, rescale=True)
+    assert result.median == 1.0
+    assert passes[-1] == (4, 4)
+
+
+def test_unreadable_images_are_told():
+    class Holes(list):
+        def __getitem__(self, index):
+            if index in (0, 1, 2, 3, 4, 5):
+                raise KeyError("damaged")
+            return super().__getitem__(index)
+
+    result = grid_pointing_game(patches(), Holes(images(40)), grid=2, count=2)
+    assert [failure.unit for failure in result.failures] == [0, 1, 2, 3, 4, 5]
+    assert "image 0" in result.failures[0].reason
+
+
+def test_a_missing_region_and_boxes_of_fractions():
+    with pytest.raises(ValueError, match="region"):
+        energy_pointing_game(patches(), images(4))
+    touched = energy_pointing_game(patches(), boxed([[0.6, 0, 1.4, 4]]))
+    assert touched.scores.tolist() == pytest.approx([0.5] * 4)
+    four = torch.tensor([[0, 0, 1, 1]] * 4)  # in the shape of a mask
+    assert energy_pointing_game(patches(), boxed(four)).scores.tolist() == pytest.approx([1 / 16] * 4)
+
+
+def test_maps_that_are_no_grid_are_refused():
+    with pytest.raises(ValueError, match="must be"):
+        grid_scores(torch.rand(1, 4, 6, 6), 3)
+    with pytest.raises(ValueError, match="square"):
+        make_grid(torch.rand(1, 5, 3, 4, 4))

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.resources import files
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +21,7 @@ from bcoskit.evaluation import (
     Randomization,
     Stability,
     evaluate,
+    example_sheet,
     write_results,
 )
 from evaluation_toys import images, noise, patches, small
@@ -292,3 +295,77 @@ def test_data_of_other_classes(photographs, tmp_path, capsys):
     shutil.copytree(photographs / "test" / "cat", photographs / "test" / "eleventh")
     assert main(["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--out", str(tmp_path / "o")]) == 2
     assert "has 11 classes, the network 10" in capsys.readouterr().err
+
+
+def test_one_metric_with_several_settings(tmp_path):
+    large = [(x.repeat_interleave(4, 1).repeat_interleave(4, 2), label) for x, label in images()]
+    metrics = (GridPointing(2, 2, smooth=1), GridPointing(2, 2, smooth=9), Perturbation("deletion", steps=2, count=2),
+               Perturbation("deletion", steps=4, count=2))  # fmt: skip
+    results = evaluate(patches(), large, metrics, out=tmp_path)
+    _, sharp, blurred, coarse, fine = results
+    assert sharp.median == 1.0 > blurred.median
+    assert [len(result.rows[0]["curve"]) for result in (coarse, fine)] == [3, 5]
+    summary = write_results(results, tmp_path)
+    names = [line["metric"] for line in summary["results"]]
+    assert names == ["grid_pointing", "grid_pointing_2", "deletion", "deletion_2"]
+    assert (tmp_path / "deletion_2_curves.png").exists()
+
+
+def test_other_data_and_other_methods_are_refused(tmp_path):
+    def method(model, x, target):
+        return x
+
+    evaluate(patches(), images(), METRICS, (method,), out=tmp_path / "run")
+    reversed_labels = [(x, 4 - label) for x, label in images()]
+    with pytest.raises(ValueError, match="`data`"):
+        evaluate(patches(), reversed_labels, METRICS, (method,), out=tmp_path / "run", resume=True)
+
+    def method(model, x, target):
+        return -x
+
+    with pytest.raises(ValueError, match="`methods`"):
+        evaluate(patches(), images(), METRICS, (method,), out=tmp_path / "run", resume=True)
+    (tmp_path / "parts" / "parts").mkdir(parents=True)
+    with pytest.raises(ValueError, match="must be a new folder"):
+        run(tmp_path / "parts")
+
+
+def test_what_failed_is_tried_again(tmp_path):
+    data = images()
+    broken = {3}
+
+    class Sometimes(Holes):
+        def __getitem__(self, index):
+            if index in broken:
+                raise OSError("not yet there")
+            return data[index]
+
+    metrics = (Perturbation("deletion", steps=2),)
+    assert len(evaluate(patches(), Sometimes(), metrics, out=tmp_path)[1].failures) == 1
+    broken.clear()
+    results = evaluate(patches(), Sometimes(), metrics, out=tmp_path, resume=True)
+    assert [len(result.rows) for result in results] == [20, 20]
+    assert not results[0].failures
+
+
+def test_numbers_of_numpy_and_names_of_paths_are_settings_too(tmp_path):
+    metrics = (GridPointing(grid=2, count=np.int64(2)),)
+    first = evaluate(patches(), images(), metrics, out=str(tmp_path))
+    assert rows_of(evaluate(patches(), images(), metrics, out=tmp_path, resume=True)) == rows_of(first)
+
+
+def test_images_of_fewer_classes_are_matched_by_name(photographs, tmp_path, capsys):
+    shutil.rmtree(photographs / "test" / "airplane")
+    command = ["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--metrics", "accuracy", "--json"]
+    assert main([*command, "--out", str(tmp_path / "o")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"]["top1"] > 0.7
+    (photographs / "test" / "cat").rename(photographs / "test" / "lion")
+    assert main([*command, "--out", str(tmp_path / "p")]) == 2
+    assert "is no 'lion'" in capsys.readouterr().err
+
+
+def test_examples_show_what_every_method_has(tmp_path):
+    results = evaluate(patches(), images(), (GridPointing(2, 3),), ("bcos",), out=tmp_path / "a")
+    fewer = replace(results[1], rows=[row for row in results[1].rows if row["unit"] != 0])
+    example_sheet(patches(), images(), [results[1], fewer], ["bcos", "bcos"], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
