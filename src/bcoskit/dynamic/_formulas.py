@@ -91,17 +91,21 @@ def normalize(
     """
     if x.numel() == 0:
         return x
-    if var is None:
-        # Centred, the one value becomes 0; uncentred, it would be divided by the root of `eps` alone.
-        if not center and all(x.shape[dim] == 1 for dim in dims):
-            raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, whose variance is 0")
-        var = freeze(in_single_precision(x)).var(tuple(dims), correction=0, keepdim=True)
+    # Centred, the one value becomes 0; uncentred, it would be divided by the root of `eps` alone.
+    if var is None and not center and all(x.shape[dim] == 1 for dim in dims):
+        raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, whose variance is 0")
+    values = in_single_precision(x)
+    centred = x
+    if center:
+        centred = x - (x.mean(tuple(dims), keepdim=True) if mean is None else mean.to(x.dtype))
+    if var is None and center and mean is None and values is x:
+        var = freeze(centred).square().mean(tuple(dims), keepdim=True)  # `var` takes several times as long
+    elif var is None:
+        var = freeze(values).var(tuple(dims), correction=0, keepdim=True)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
-    if center:
-        x = x - (x.mean(tuple(dims), keepdim=True) if mean is None else mean.to(x.dtype))
-    y = x * scale.to(x.dtype)
+    y = centred * scale.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
 
 

@@ -26,6 +26,8 @@ def _scaled_dot_product_attention(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     scores = freeze(query) @ freeze(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is None and not is_causal:
+        return torch.softmax(scores, -1) @ value
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
