@@ -144,7 +144,7 @@ def _run(arguments: list[str]) -> int:
         options = parser.parse_args(_with_underscores(arguments[1:]))
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
-    values = dict(vars(options))
+    values = dict(vars(parser.instantiate(options)))
     values.pop("config", None)
     # An option may go by a word that Python keeps for itself.
     values = {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import warnings
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model
-from bcoskit.training import _engine, train
+from bcoskit.training import Augmentation, Loss, Optimization, _engine, train
 from bcoskit.training._engine import EpochShuffle
 from bcoskit.training._module import Classifier, seeded
 from training_runs import COLORS, break_off, same_weights, write_images
@@ -82,6 +83,9 @@ class TestFiles:
             "epochs": 3,
             "batch_size": 8,
             "learning_rate": 1e-3,
+            "optimization": asdict(Optimization()),
+            "loss": asdict(Loss()),
+            "augmentation": asdict(Augmentation()),
             "seed": 42,
             "classes": ["green", "red"],
         }
@@ -538,7 +542,14 @@ def test_auxiliary_logits_are_trained_too(monkeypatch):
             return (pooled * self.scale[0], -pooled * self.scale[1]) if self.training else pooled * self.scale[0]
 
     module = Classifier(
-        Both(), ImageTransform(8), 3, loss="bce", learning_rate=1e-3, seed=0, compile_step=False
+        Both(),
+        ImageTransform(8),
+        3,
+        loss=Loss("bce"),
+        augmentation=Augmentation(),
+        learning_rate=1e-3,
+        seed=0,
+        compile_step=False,
     ).train()
     monkeypatch.setattr(module, "log", lambda *_arguments, **_keywords: None)
     images, labels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])

@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, Sampler, default_convert
 
 from bcoskit.data import InMemoryImages
 from bcoskit.training._folder import CHECKPOINT
 from bcoskit.training._module import Learner, seeded
+from bcoskit.training._options import Optimization
 
 
 class EpochShuffle(Sampler[int]):
@@ -73,7 +75,7 @@ def fit(
     train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
     test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
-        trainer = _trainer(out, epochs, len(train_batches), measure_every)
+        trainer = _trainer(out, epochs, len(train_batches), measure_every, learner.optimization)
         checkpoint = out / CHECKPOINT if resumed else None
         trainer.fit(learner, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
         measured = trainer.callback_metrics
@@ -94,14 +96,19 @@ def can_compile() -> bool:
     return True
 
 
-def _trainer(out: Path, epochs: int, steps: int, measure_every: int) -> lightning.Trainer:
+def _trainer(out: Path, epochs: int, steps: int, measure_every: int, optimization: Optimization) -> lightning.Trainer:
+    averages: list[Any] = []
+    if optimization.ema is not None:
+        averages.append(EMAWeightAveraging(decay=optimization.ema, update_every_n_steps=optimization.ema_every))
     return lightning.Trainer(
         devices=1,
         max_epochs=epochs,
+        accumulate_grad_batches=optimization.accumulate,
         logger=[CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard", "")],
         callbacks=[
             ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
             LearningRateMonitor("epoch"),
+            *averages,
         ],
         log_every_n_steps=min(50, steps),
         num_sanity_val_steps=0,

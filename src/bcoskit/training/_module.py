@@ -1,19 +1,24 @@
 """The Lightning modules: what is trained, by which loss, and what happens to a batch of pixels."""
 
 import random
+from functools import partial
 from typing import Any, TypeAlias
 
 import lightning
 import torch
-import torch.nn.functional as F
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from bcoskit.convert import GradualConversion
-from bcoskit.data import ImageTransform, random_crop_flip
-from bcoskit.models import Loss
+from bcoskit.data import ImageTransform
+from bcoskit.training._augment import augment, mixed
+from bcoskit.training._losses import classification_loss
+from bcoskit.training._options import Augmentation, Loss, Optimization
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
+
+_USUAL = Optimization()
 
 
 def seed_of(*key: int) -> int:
@@ -27,11 +32,12 @@ def seeded(*key: int) -> torch.Generator:
 
 
 class Learner(lightning.LightningModule):
-    """A network that is trained by Adam without weight decay, with a cosine per step from the learning rate to 0.
+    """A network that is trained.
 
     Args:
         model: The network.
-        learning_rate: Of Adam at the start.
+        learning_rate: At the start, after the warm-up.
+        optimization: Optimiser, schedule and clipping.
         seed: With epoch and batch it determines the augmentation, so that a resumed run repeats nothing.
         gradual: The conversion in which the network is, None if it is in none.
         gradual_part: The part of all steps in which that conversion is carried out, above 0.
@@ -43,10 +49,12 @@ class Learner(lightning.LightningModule):
         *,
         learning_rate: float,
         seed: int,
+        optimization: Optimization = _USUAL,
         gradual: GradualConversion | None = None,
         gradual_part: float = 1.0,
     ) -> None:
         super().__init__()
+        self.optimization = optimization
         self.model = model.to(memory_format=torch.channels_last)
         self.learning_rate = learning_rate
         self.seed = seed
@@ -54,11 +62,28 @@ class Learner(lightning.LightningModule):
         self._all_steps: int | None = None
 
     def configure_optimizers(self) -> Any:
-        """Adam without weight decay, and the cosine."""
+        """The optimiser, and the schedule of its learning rate."""
+        options = self.optimization
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._steps())
+        common: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": options.weight_decay}
+        if options.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, momentum=options.momentum, **common)
+        else:
+            kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(trained, **common)
+        epochs = self.trainer.max_epochs or 1
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(options.factor, steps_per_epoch=-(-self._steps() // epochs), epochs=epochs)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_arguments: Any, **_keywords: Any) -> None:
+        """Clip the gradients, if that is wanted."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.optimization.clip == "agc":
+            adaptive_clip_grad(parameters, self.optimization.clip_at)
+        elif self.optimization.clip == "norm":
+            torch.nn.utils.clip_grad_norm_(parameters, self.optimization.clip_at)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Move a gradual conversion to where it should be at this step."""
@@ -107,8 +132,8 @@ class Classifier(Learner):
         model: From encoded images to logits (N, num_classes).
         transform: Its transform, of which the last step, from pixels to the network's input, is done by the batch.
         num_classes: Number of logits.
-        loss: `"bce"`, binary cross-entropy with one-hot targets, averaged over samples and classes, or
-            `"cross_entropy"`.
+        loss: What is minimised; what is measured on test images is its kind alone, with targets 0 and 1.
+        augmentation: Of training images.
         compile_step: Whether the network is compiled for training.
         arguments: Of `Learner`.
     """
@@ -120,6 +145,7 @@ class Classifier(Learner):
         num_classes: int,
         *,
         loss: Loss,
+        augmentation: Augmentation,
         compile_step: bool,
         **arguments: Any,
     ) -> None:
@@ -127,6 +153,7 @@ class Classifier(Learner):
         self.transform = transform
         self.num_classes = num_classes
         self.loss = loss
+        self.augmentation = augmentation
         # In a list, so that the network is not registered, and saved, a second time.
         self._for_training = [torch.compile(model) if compile_step else model]
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -138,14 +165,18 @@ class Classifier(Learner):
             RuntimeError: If it is not finite, before the step that it would spoil.
         """
         images, labels = batch
-        generator = seeded(self.seed, self.current_epoch, batch_index)
-        # The recipes shift images of 32 pixels by up to 4.
-        padding = max(images.shape[-1] // 8, 1)
-        augmented = random_crop_flip(images, padding, generator=generator)
-        outputs = self._for_training[0](encoded(augmented, self.transform))
+        key = (self.seed, self.current_epoch, batch_index)
+        repeats = self.augmentation.repeats
+        if repeats > 1:
+            count = len(images) // repeats
+            images, labels = images[:count].repeat_interleave(repeats, 0), labels[:count].repeat_interleave(repeats, 0)
+        x = encoded(augment(images, self.augmentation, seeded(*key)), self.transform)
+        x, targets = mixed(x, labels, self.num_classes, self.augmentation, seed_of(*key))
+        outputs = self._for_training[0](x)
         # Beside its logits an Inception network returns those of its auxiliary classifier.
-        every = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = torch.stack([self._loss(logits, labels) for logits in every]).sum()
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        losses = [self._loss(logits, targets), *(self.loss.auxiliary * self._loss(each, targets) for each in auxiliary)]
+        loss = torch.stack(losses).sum()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -158,14 +189,12 @@ class Classifier(Learner):
         images, labels = batch
         logits = self.model(encoded(images, self.transform))
         self.accuracy(logits, labels)
-        self.log("test_loss", self._loss(logits, labels), batch_size=len(labels))
+        loss = self.checked(classification_loss(logits, labels, Loss(self.loss.kind)))
+        self.log("test_loss", loss, batch_size=len(labels))
         self.log("test_accuracy", self.accuracy, prog_bar=True, on_step=False, on_epoch=True)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.loss == "cross_entropy":
-            return self.checked(F.cross_entropy(logits, labels))
-        targets = F.one_hot(labels, self.num_classes).to(logits.dtype)
-        return self.checked(F.binary_cross_entropy_with_logits(logits, targets))
+        return self.checked(classification_loss(logits, labels, self.loss))
 
 
 def encoded(images: Tensor, transform: ImageTransform) -> Tensor:

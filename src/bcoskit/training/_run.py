@@ -1,6 +1,6 @@
 """One training run: from a folder of labelled images to a file of weights."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,9 @@ from bcoskit.models import Network, create_model, model_row, save_model
 from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
 from bcoskit.training._module import Classifier
+from bcoskit.training._options import Augmentation, Loss, Optimization
+
+_OPTIMIZATION, _LOSS, _AUGMENTATION = Optimization(), Loss(), Augmentation()
 
 Conversion: TypeAlias = Literal["bcosification", "v2", "v1", "none"]
 
@@ -33,6 +36,9 @@ def train(
     epochs: int = 100,
     batch_size: int = 64,
     learning_rate: float | None = None,
+    optimization: Optimization = _OPTIMIZATION,
+    loss: Loss = _LOSS,
+    augmentation: Augmentation = _AUGMENTATION,
     seed: int = 42,
     compile_step: bool = True,
     resume: bool = False,
@@ -40,11 +46,11 @@ def train(
 ) -> dict[str, float]:
     """Train a network on images, as the second B-cos paper does on CIFAR-10, or fine-tune one that is converted.
 
-    Adam without weight decay, a cosine from `learning_rate` to 0, random crops and flips; the loss is that of the
-    model's row, for B-cos networks binary cross-entropy (Böhle et al., TPAMI 2024, CIFAR-10 experiments; Arya et al.,
-    NeurIPS 2024, for converted networks). In `out` appear `settings.json`, `checkpoints/` (one per epoch, the last is
-    kept), `csv/` and `tensorboard/` logs, and in the end `model.safetensors`, which `create_model` and
-    `bcoskit explain --model` open.
+    By default Adam without weight decay, a cosine from `learning_rate` to 0, random crops and flips, and the loss
+    of the model's row, for B-cos networks binary cross-entropy (Böhle et al., TPAMI 2024, CIFAR-10 experiments; Arya
+    et al., NeurIPS 2024, for converted networks); `recipes/` has those of the papers. In `out` appear `settings.json`,
+    `checkpoints/` (one per epoch, the last is kept), `csv/` and `tensorboard/` logs, and in the end
+    `model.safetensors`, which `create_model` and `bcoskit explain --model` open.
 
     Args:
         data: Folder with training and test images: parquet shards, the original CIFAR-10 files, or class folders in
@@ -60,7 +66,10 @@ def train(
             those of the ordinary one; with 0 they do at once.
         epochs: Passes over the training images.
         batch_size: Images per step; the rest of an epoch that fills no batch is left out.
-        learning_rate: Of Adam at the start; by default 1e-3, and 1e-4 for fine-tuning.
+        learning_rate: At the start, after a warm-up; by default 1e-3, and 1e-4 for fine-tuning.
+        optimization: Optimiser, schedule, clipping and averages.
+        loss: What is minimised.
+        augmentation: Of training images.
         seed: Of weights, order and augmentation. A run that was broken off and resumed sees what it would have seen.
         compile_step: Compile the network for training, where a compiler is at hand.
         resume: Go on from the last checkpoint in `out`, if there is one.
@@ -85,6 +94,9 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "optimization": asdict(optimization),
+        "loss": asdict(loss),
+        "augmentation": asdict(augmentation),
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
@@ -100,6 +112,8 @@ def train(
     else:
         config = conversion(convert, b, learnable_b, gradual)
         settings |= tuning
+    if gradual and optimization.ema is not None:
+        raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     train_images, test_images = (_images(data, split, row.transform, download) for split in ("train", "test"))
@@ -125,7 +139,9 @@ def train(
         network.train(),
         network.transform,
         len(classes),
-        loss=network.loss,
+        loss=replace(loss, kind=network.loss) if loss.kind == "model" else loss,
+        augmentation=augmentation,
+        optimization=optimization,
         compile_step=compile_step and can_compile(),
         learning_rate=learning_rate,
         seed=seed,

@@ -1,0 +1,71 @@
+"""Augmentation of batches of pixels that a seed determines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from torch import Tensor
+from torchvision.transforms import v2
+
+from bcoskit.data import random_crop_flip
+from bcoskit.training._options import Augmentation
+
+
+def augment(images: Tensor, options: Augmentation, generator: torch.Generator) -> Tensor:
+    """New pixels (N, 3, H, W) of the same size, each image by itself.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        options: What is done.
+        generator: The source of all that is random.
+    """
+    if options.crop == "padded":
+        images = random_crop_flip(images, max(images.shape[-1] // 8, 1), generator=generator)
+        if not options.flip:
+            raise ValueError("`flip` (=False) needs another `crop` than 'padded', which flips")
+    transform = _per_image(options, (images.shape[-2], images.shape[-1]))
+    if transform is None:
+        return images
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([transform(image) for image in images])
+
+
+def _per_image(options: Augmentation, size: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+    bilinear = v2.InterpolationMode.BILINEAR
+    steps: list[Any] = []
+    if options.crop == "resized":
+        steps.append(v2.RandomResizedCrop(size, scale=(options.smallest, 1.0), antialias=True))
+    if options.flip and options.crop != "padded":
+        steps.append(v2.RandomHorizontalFlip())
+    if options.policy == "randaugment":
+        steps.append(v2.RandAugment(magnitude=options.magnitude, interpolation=bilinear))
+    elif options.policy == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(interpolation=bilinear))
+    if options.jitter:
+        steps.append(v2.ColorJitter(options.jitter, options.jitter, options.jitter))
+    if options.erasing:
+        steps.append(v2.RandomErasing(options.erasing))
+    return v2.Compose(steps) if steps else None
+
+
+def mixed(x: Tensor, labels: Tensor, num_classes: int, options: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
+    """Mixup and cutmix of encoded images by timm: images, and labels or targets (N, num_classes).
+
+    A mixture of encoded images is the encoding of the mixture: the complement stays the complement.
+    """
+    if not (options.mixup or options.cutmix):
+        return x, labels
+    if len(x) % 2:
+        raise ValueError(f"mixup and cutmix need an even number of images in a batch, not {len(x)}")
+    import numpy as np
+
+    state = np.random.get_state()
+    try:
+        np.random.seed(seed % 2**32)  # timm draws from numpy's global source
+        mixup = Mixup(options.mixup, options.cutmix, label_smoothing=0.0, num_classes=num_classes)
+        mixed_x, targets = mixup(x.clone(), labels)
+    finally:
+        np.random.set_state(state)
+    return mixed_x, targets

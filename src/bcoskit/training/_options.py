@@ -1,0 +1,181 @@
+"""How a network is trained, as plain values: optimiser, schedule, clipping, averages, loss, augmentation."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high or not math.isfinite(value):
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"`{name}` (={value}) must be at least {low}{upper}")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Optimiser, schedule of the learning rate, clipping of gradients, averages of weights.
+
+    The learning rate at step `t` is that of the start times a factor: from `warmup_start` to 1 linearly during the
+    warm-up, then down to `final` by half a cosine, by steps, or not at all.
+
+    Attributes:
+        optimizer: "adam" or "adamw" or "sgd".
+        weight_decay: Of all parameters: decoupled with "adamw", else part of the gradient.
+        momentum: Of "sgd".
+        schedule: "cosine", "step" (times `decay` every `decay_epochs`) or "constant".
+        per: Whether the factor changes with every "step" or every "epoch".
+        final: Factor at the end of the cosine.
+        decay: Factor of the schedule "step".
+        decay_epochs: Epochs between its steps.
+        warmup_epochs: Length of the warm-up.
+        warmup_start: Factor at its beginning.
+        clip: "none", "agc" (adaptive, each row of a weight by its own norm: Brock et al., ICML 2021) or "norm" (of all
+            gradients together).
+        clip_at: Largest norm of a gradient, with "agc" relative to that of its weights.
+        accumulate: Batches whose gradients are added before a step.
+        ema: Decay of an exponential average of the weights, which then is what is measured and saved; None for none.
+        ema_every: Steps from one update of the average to the next.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    per: Literal["step", "epoch"] = "step"
+    final: float = 0.0
+    decay: float = 0.1
+    decay_epochs: int = 30
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.01
+    clip: Literal["none", "agc", "norm"] = "none"
+    clip_at: float = 0.01
+    accumulate: int = 1
+    ema: float | None = None
+    ema_every: int = 1
+
+    def __post_init__(self) -> None:
+        choices = {
+            "optimizer": ("adam", "adamw", "sgd"),
+            "schedule": ("cosine", "step", "constant"),
+            "per": ("step", "epoch"),
+            "clip": ("none", "agc", "norm"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
+        for name in ("weight_decay", "warmup_epochs"):
+            _check(name, getattr(self, name), 0)
+        for name in ("momentum", "final", "decay", "warmup_start"):
+            _check(name, getattr(self, name), 0, 1)
+        for name in ("decay_epochs", "accumulate", "ema_every"):
+            _check(name, getattr(self, name), 1)
+        _check("clip_at", self.clip_at, 1e-12)
+        if self.ema is not None:
+            _check("ema", self.ema, 0, 1)
+
+    def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """What the learning rate is multiplied by at a step.
+
+        Args:
+            step: From 0.
+            steps_per_epoch: Steps of the optimiser in an epoch.
+            epochs: Of the whole run.
+        """
+        if self.per == "epoch":
+            step = step // steps_per_epoch * steps_per_epoch
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.warmup_start + (1 - self.warmup_start) * step / warmup
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "step":
+            return self.decay ** (step // (self.decay_epochs * steps_per_epoch))
+        done = min((step - warmup) / max(epochs * steps_per_epoch - warmup, 1), 1.0)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised, of logits and labels.
+
+    Targets are 1 for the label and 0 for all other classes, or mixed by mixup and cutmix; then, in this order,
+    `t (1 - smoothing) + smoothing / N`, `max(t, 1/N)` if off-labels are uniform, and 1 above the threshold, else 0.
+
+    Attributes:
+        kind: "bce" (binary cross-entropy, the mean over samples and classes), "cross_entropy", or "model" for the one
+            that goes with the model.
+        off_labels: "zero", or "uniform" (Böhle et al., TPAMI 2024, ImageNet experiments).
+        smoothing: Share of a target that is spread over all classes.
+        threshold: Above which a target counts as 1; None to take targets as they are.
+        auxiliary: Weight of the loss of an auxiliary classifier.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    kind: Literal["model", "bce", "cross_entropy"] = "model"
+    off_labels: Literal["zero", "uniform"] = "zero"
+    smoothing: float = 0.0
+    threshold: float | None = None
+    auxiliary: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("model", "bce", "cross_entropy"):
+            raise ValueError(f"`kind` (={self.kind!r}) must be 'model', 'bce' or 'cross_entropy'")
+        if self.off_labels not in ("zero", "uniform"):
+            raise ValueError(f"`off_labels` (={self.off_labels!r}) must be 'zero' or 'uniform'")
+        _check("smoothing", self.smoothing, 0, 1)
+        _check("auxiliary", self.auxiliary, 0)
+        if self.threshold is not None:
+            _check("threshold", self.threshold, 0, 1)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to training images, all of it at random.
+
+    Attributes:
+        crop: "padded" (shifted by up to an eighth of the side, zeros around), "resized" (a part of the image, brought
+            to its size) or "none".
+        smallest: Smallest share of the image in a resized crop.
+        flip: Whether images are mirrored.
+        policy: "none", "randaugment" (two operations of `magnitude`: Cubuk et al., NeurIPS 2020) or "trivialaugment"
+            (one of any strength: Müller and Hutter, ICCV 2021).
+        magnitude: Of RandAugment, up to 30.
+        jitter: Largest relative change of brightness, contrast and saturation.
+        erasing: Probability that a rectangle is erased.
+        mixup: Parameter of the Beta distribution by which two images are mixed, 0 for never (Zhang et al., ICLR 2018).
+        cutmix: Likewise for rectangles of another image (Yun et al., ICCV 2019); with both, each is taken half of
+            the time.
+        repeats: How often each image of a batch appears in it, augmented anew (Hoffer et al., CVPR 2020).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    crop: Literal["padded", "resized", "none"] = "padded"
+    smallest: float = 0.08
+    flip: bool = True
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    magnitude: int = 9
+    jitter: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("padded", "resized", "none"):
+            raise ValueError(f"`crop` (={self.crop!r}) must be 'padded', 'resized' or 'none'")
+        if self.policy not in ("none", "randaugment", "trivialaugment"):
+            raise ValueError(f"`policy` (={self.policy!r}) must be 'none', 'randaugment' or 'trivialaugment'")
+        _check("smallest", self.smallest, 1e-3, 1)
+        _check("magnitude", self.magnitude, 0, 30)
+        for name in ("jitter", "erasing"):
+            _check(name, getattr(self, name), 0, 1)
+        for name in ("mixup", "cutmix"):
+            _check(name, getattr(self, name), 0)
+        _check("repeats", self.repeats, 1)

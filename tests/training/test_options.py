@@ -1,0 +1,227 @@
+"""Optimisers, schedules, clipping, averages, losses and augmentation: numbers by hand, parity, runs that go on."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bcoskit
+from bcoskit.training import Augmentation, Loss, Optimization, classification_loss, soft_targets, train
+from bcoskit.training._augment import augment, mixed
+from bcoskit.training._module import seeded
+from training_runs import break_off, same_weights, state_of, write_images
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root, "train", 12)
+    write_images(root, "test", 3)
+    return root
+
+
+def run(data, out, **arguments):
+    return train(data, out=out, **{"epochs": 2, "batch_size": 8, "compile_step": False} | arguments)
+
+
+def test_a_cosine_after_a_warm_up():
+    options = Optimization(warmup_epochs=2, warmup_start=0.1, final=0.2)
+    factors = [options.factor(step, 10, 12) for step in (0, 10, 20, 70, 120)]
+    assert factors == pytest.approx([0.1, 0.55, 1.0, 0.6, 0.2])
+    by_epoch = Optimization(per="epoch", warmup_epochs=2, warmup_start=0.1, final=0.2)
+    assert [by_epoch.factor(step, 10, 12) for step in (0, 9, 19, 79)] == pytest.approx([0.1, 0.1, 0.55, 0.6])
+    plain = [Optimization().factor(step, 3, 2) for step in range(7)]
+    assert plain == pytest.approx([(1 + math.cos(math.pi * step / 6)) / 2 for step in range(7)])
+
+
+def test_other_schedules():
+    steps = Optimization(schedule="step", decay=0.1, decay_epochs=3)
+    assert [steps.factor(step, 2, 9) for step in (0, 5, 6, 11, 12)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert {Optimization(schedule="constant").factor(step, 2, 9) for step in range(18)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Optimization, {"optimizer": "lion"}, "`optimizer`"),
+        (Optimization, {"clip": "all"}, "`clip`"),
+        (Optimization, {"ema": 2.0}, "`ema`"),
+        (Optimization, {"accumulate": 0}, "`accumulate`"),
+        (Optimization, {"weight_decay": -1.0}, "`weight_decay`"),
+        (Optimization, {"warmup_epochs": math.nan}, "`warmup_epochs`"),
+        (Loss, {"kind": "mse"}, "`kind`"),
+        (Loss, {"off_labels": "some"}, "`off_labels`"),
+        (Loss, {"smoothing": 1.5}, "`smoothing`"),
+        (Augmentation, {"crop": "centre"}, "`crop`"),
+        (Augmentation, {"policy": "autoaugment"}, "`policy`"),
+        (Augmentation, {"magnitude": 31}, "`magnitude`"),
+        (Augmentation, {"repeats": 0}, "`repeats`"),
+    ],
+)
+def test_wrong_options(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_targets():
+    labels = torch.tensor([2, 0])
+    assert soft_targets(labels, 4, Loss()).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert soft_targets(labels, 4, Loss(off_labels="uniform"))[0].tolist() == [0.25, 0.25, 1, 0.25]
+    assert soft_targets(labels, 4, Loss(smoothing=0.4))[0].tolist() == pytest.approx([0.1, 0.1, 0.7, 0.1])
+    half = torch.tensor([[0.3, 0.7, 0, 0]])
+    assert soft_targets(half, 4, Loss(threshold=0.2)).tolist() == [[1, 1, 0, 0]]
+    assert soft_targets(half, 4, Loss()).tolist() == half.tolist()
+    with pytest.raises(ValueError, match="do not fit 4 classes"):
+        soft_targets(torch.tensor([4]), 4, Loss())
+    with pytest.raises(ValueError, match="no model is known"):
+        classification_loss(torch.zeros(1, 4), labels[:1], Loss())
+
+
+def test_the_loss_of_the_authors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bcos.modules.losses import UniformOffLabelsBCEWithLogitsLoss
+
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3, 6, 2, 2])
+    theirs = UniformOffLabelsBCEWithLogitsLoss()(logits, F.one_hot(labels, 7).float())
+    ours = classification_loss(logits, labels, Loss("bce", off_labels="uniform"))
+    torch.testing.assert_close(ours, theirs)
+    plain = classification_loss(logits, labels, Loss("bce"))
+    torch.testing.assert_close(plain, F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 7).float()))
+    assert abs(float(plain - ours)) > 1e-3
+    cross = classification_loss(logits, labels, Loss("cross_entropy", smoothing=0.1))
+    torch.testing.assert_close(cross, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+PIXELS = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Augmentation(),
+        Augmentation(crop="resized", smallest=0.3),
+        Augmentation(policy="randaugment", magnitude=10),
+        Augmentation(crop="none", policy="trivialaugment"),
+        Augmentation(crop="none", jitter=0.4),
+        Augmentation(crop="none", flip=False, erasing=1.0),
+    ],
+)
+def test_augmentation_is_determined_by_its_source(options):
+    before = torch.get_rng_state()
+    first, again, other = (augment(PIXELS, options, seeded(key)) for key in (1, 1, 2))
+    assert first.shape == PIXELS.shape
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, PIXELS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_augmentation():
+    assert torch.equal(augment(PIXELS, Augmentation(crop="none", flip=False), seeded(1)), PIXELS)
+    with pytest.raises(ValueError, match="`flip`"):
+        augment(PIXELS, Augmentation(flip=False), seeded(1))
+
+
+@pytest.mark.parametrize("options", [Augmentation(mixup=0.4), Augmentation(cutmix=1.0)])
+def test_mixtures_of_encoded_images_are_encoded(options):
+    x, labels = bcoskit.encode(PIXELS / 255), torch.tensor([0, 1, 2, 0, 1, 2])
+    before = x.clone()
+    found, targets = mixed(x, labels, 3, options, seed=5)
+    assert torch.equal(x, before)
+    assert not torch.equal(found, x)
+    torch.testing.assert_close(found[:, :3] + found[:, 3:], torch.ones(6, 3, 32, 32))
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    again, _ = mixed(x, labels, 3, options, seed=5)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, mixed(x, labels, 3, options, seed=6)[0])
+    with pytest.raises(ValueError, match="even number"):
+        mixed(x[:5], labels[:5], 3, options, seed=5)
+
+
+def test_images_that_are_not_mixed():
+    x, labels = torch.rand(3, 6, 8, 8), torch.tensor([0, 1, 2])
+    assert mixed(x, labels, 3, Augmentation(), seed=5)[1] is labels
+
+
+EVERYTHING = {
+    "optimization": Optimization(
+        optimizer="adamw", weight_decay=0.01, warmup_epochs=1, clip="agc", accumulate=2, ema=0.9, final=0.1
+    ),
+    "loss": Loss(off_labels="uniform", smoothing=0.1),
+    "augmentation": Augmentation(
+        crop="resized", smallest=0.5, policy="trivialaugment", erasing=0.2, mixup=0.2, cutmix=1.0, repeats=2
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def everything(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "everything"
+    return out, run(data, out, epochs=3, **EVERYTHING)
+
+
+def test_a_run_with_everything_goes_on_where_it_was_cut_off(everything, data, tmp_path, monkeypatch):
+    out, figures = everything
+    for epoch, batch in ((1, 2), (2, 0)):
+        broken = tmp_path / f"{epoch}{batch}"
+        with monkeypatch.context() as patch:
+            break_off(patch, epoch, batch)
+            with pytest.raises(OSError, match="power cut"):
+                run(data, broken, epochs=3, **EVERYTHING)
+        assert run(data, broken, epochs=3, resume=True, **EVERYTHING) == figures
+        assert same_weights(broken, out)
+
+
+def test_settings_say_everything(everything):
+    settings = json.loads((everything[0] / "settings.json").read_text())
+    assert settings["optimization"]["clip"] == "agc"
+    assert settings["loss"]["off_labels"] == "uniform"
+    assert settings["augmentation"]["mixup"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optimization": Optimization(optimizer="sgd")},
+        {"optimization": Optimization(clip="agc", clip_at=1e-4)},
+        {"optimization": Optimization(clip="norm", clip_at=1e-4)},
+        {"optimization": Optimization(accumulate=3)},
+        {"optimization": Optimization(ema=0.5)},
+        {"optimization": Optimization(schedule="constant")},
+        {"loss": Loss(smoothing=0.2)},
+        {"augmentation": Augmentation(crop="none")},
+        {"augmentation": Augmentation(cutmix=1.0)},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_weights(changed, data, tmp_path, usual):
+    run(data, tmp_path / "run", epochs=1, **changed)
+    assert not same_weights(tmp_path / "run", usual)
+
+
+@pytest.fixture(scope="module")
+def usual(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("usual") / "run"
+    run(data, out, epochs=1)
+    return out
+
+
+def test_an_average_of_weights_is_what_is_saved(data, tmp_path, usual):
+    """It begins with the weights after the first step, where it stays with a decay of 1."""
+    still = Optimization(ema=1.0, schedule="constant")
+    for epochs in (1, 2):
+        run(data, tmp_path / f"{epochs}", epochs=epochs, optimization=still)
+    first, second = state_of(tmp_path / "1"), state_of(tmp_path / "2")
+    assert all(torch.equal(first[name], second[name]) for name in first if name.endswith("weight"))
+    assert not same_weights(tmp_path / "1", usual)
+
+
+def test_a_gradual_conversion_has_no_average(data, tmp_path):
+    with pytest.raises(ValueError, match="`ema`"):
+        run(data, tmp_path, from_="timm/test_resnet", weights="fresh", gradual=0.5, optimization=Optimization(ema=0.9))
