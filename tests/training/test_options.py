@@ -40,6 +40,9 @@ def test_a_cosine_after_a_warm_up():
 def test_other_schedules():
     steps = Optimization(schedule="step", decay=0.1, decay_epochs=3)
     assert [steps.factor(step, 2, 9) for step in (0, 5, 6, 11, 12)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    quarter = Optimization(schedule="quarter_cosine", per="epoch", final=0.01)
+    theirs = [math.cos(math.pi * epoch / 200) + 0.01 for epoch in range(100)]  # of the first paper, over 1e-3
+    assert [quarter.factor(7 * epoch + 3, 7, 100) for epoch in range(100)] == pytest.approx(theirs)
     assert {Optimization(schedule="constant").factor(step, 2, 9) for step in range(18)} == {1.0}
 
 

@@ -17,7 +17,7 @@ import torch
 
 from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
-from bcoskit.models import create_model
+from bcoskit.models import create_model, model_row
 from bcoskit.training import Augmentation, Loss, Optimization, _engine, train
 from bcoskit.training._engine import EpochShuffle
 from bcoskit.training._module import Classifier, seeded
@@ -484,6 +484,20 @@ class TestCommandLine:
         ):
             assert line in lines
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda recipe: recipe.stem)
+    def test_every_recipe_names_what_there_is(self, recipe, tmp_path, capsys):
+        text = recipe.read_text()
+        assert text.startswith("# ")
+        assert max(map(len, text.splitlines())) <= 120
+        arguments = ["train", "--config", str(recipe), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+        assert cli.main([*arguments, "--print_config"]) == 0
+        printed = capsys.readouterr().out
+        settings = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line and line[0] != " ")
+        model_row(settings["model"] if settings["from"] == "null" else settings["from"])
+        # All its values are in their ranges: what is missing are the images.
+        assert cli.main(arguments) == 2
+        assert "holds no train images" in capsys.readouterr().err
 
     def test_a_recipe_trains(self, data, tmp_path, finished):
         recipe = RECIPES / "cifar10_resnet20_bcos.yaml"

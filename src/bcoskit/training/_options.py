@@ -16,15 +16,16 @@ class Optimization:
     """Optimiser, schedule of the learning rate, clipping of gradients, averages of weights.
 
     The learning rate at step `t` is that of the start times a factor: from `warmup_start` to 1 linearly during the
-    warm-up, then down to `final` by half a cosine, by steps, or not at all.
+    warm-up, then down by a cosine, by steps, or not at all.
 
     Attributes:
         optimizer: "adam" or "adamw" or "sgd".
         weight_decay: Of all parameters: decoupled with "adamw", else part of the gradient.
         momentum: Of "sgd".
-        schedule: "cosine", "step" (times `decay` every `decay_epochs`) or "constant".
+        schedule: "cosine" (half a cosine, from 1 to `final`), "quarter_cosine" (the first quarter of one, plus
+            `final`), "step" (times `decay` every `decay_epochs`) or "constant".
         per: Whether the factor changes with every "step" or every "epoch".
-        final: Factor at the end of the cosine.
+        final: Factor at the end of a cosine.
         decay: Factor of the schedule "step".
         decay_epochs: Epochs between its steps.
         warmup_epochs: Length of the warm-up.
@@ -43,7 +44,7 @@ class Optimization:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: float = 0.0
     momentum: float = 0.9
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "quarter_cosine", "step", "constant"] = "cosine"
     per: Literal["step", "epoch"] = "step"
     final: float = 0.0
     decay: float = 0.1
@@ -59,7 +60,7 @@ class Optimization:
     def __post_init__(self) -> None:
         choices = {
             "optimizer": ("adam", "adamw", "sgd"),
-            "schedule": ("cosine", "step", "constant"),
+            "schedule": ("cosine", "quarter_cosine", "step", "constant"),
             "per": ("step", "epoch"),
             "clip": ("none", "agc", "norm"),
         }
@@ -94,6 +95,8 @@ class Optimization:
         if self.schedule == "step":
             return self.decay ** (step // (self.decay_epochs * steps_per_epoch))
         done = min((step - warmup) / max(epochs * steps_per_epoch - warmup, 1), 1.0)
+        if self.schedule == "quarter_cosine":
+            return math.cos(math.pi / 2 * done) + self.final
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
 
