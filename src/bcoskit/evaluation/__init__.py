@@ -18,6 +18,7 @@ from bcoskit.evaluation._pointing import (
     grid_pointing_game,
     grid_scores,
     make_grid,
+    region_mask,
 )
 from bcoskit.evaluation._quantus import quantus_explain
 from bcoskit.evaluation._result import Failure, Result
@@ -67,6 +68,7 @@ __all__ = [
     "quantus_explain",
     "randomization",
     "randomized",
+    "region_mask",
     "spearman",
     "stability",
     "write_results",

@@ -1,0 +1,55 @@
+"""Losses on explanations: exact numbers, gradients, wrong shapes."""
+
+import pytest
+import torch
+
+import bcoskit
+from bcoskit.training import energy_loss, l1_loss, matching_loss, right_reasons_loss
+
+MAPS = torch.tensor([[[4.0, -2.0], [1.0, 3.0]], [[-1.0, -1.0], [-1.0, -1.0]]])
+LEFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).expand(2, 2, 2)
+
+
+def test_numbers():
+    assert float(energy_loss(MAPS[:1], LEFT[:1])) == pytest.approx(1 - 5 / 8)
+    assert float(energy_loss(MAPS[1:], LEFT[1:])) == 1.0
+    assert float(energy_loss(MAPS, LEFT)) == pytest.approx((3 / 8 + 1) / 2)
+    assert float(l1_loss(MAPS[:1], LEFT[:1])) == pytest.approx((0 + 0 + 0.75 + 0.75) / 4)
+    assert float(right_reasons_loss(MAPS, LEFT)) == pytest.approx(((4 + 9) + 2) / 2)
+    assert float(matching_loss(MAPS, 3 * MAPS)) == pytest.approx(0, abs=1e-6)
+    assert float(matching_loss(MAPS, -MAPS)) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss])
+def test_what_is_inside_alone_is_best(loss):
+    inside, outside = LEFT.clone(), 1 - LEFT
+    assert float(loss(inside, LEFT)) == pytest.approx(0, abs=1e-6)
+    assert float(loss(outside, LEFT)) > 0.5
+
+
+@pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss, matching_loss])
+def test_gradients_reach_the_weights(loss):
+    network = torch.nn.Sequential(bcoskit.nn.BcosConv2d(6, 2, 3, padding=1), bcoskit.nn.ClassifierHead(2, 3)).eval()
+    x = bcoskit.encode(torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+    contributions = bcoskit.explain(network, x, 1, create_graph=True).contributions
+    masks = torch.zeros(2, 6, 6)
+    masks[:, :3] = 1
+    loss(contributions, masks).backward()
+    gradient = network[0].weight.grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
+    assert float(gradient.abs().max()) > 0
+
+
+def test_samples_without_positive_contributions_have_no_gradient():
+    maps = MAPS[1:].clone().requires_grad_()
+    energy_loss(maps, LEFT[1:]).backward()
+    assert torch.equal(maps.grad, torch.zeros_like(maps))
+
+
+@pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss, matching_loss])
+def test_wrong_shapes(loss):
+    with pytest.raises(ValueError, match=r"must both be \(N, H, W\)"):
+        loss(MAPS, LEFT[:1])
+    with pytest.raises(ValueError, match=r"must both be"):
+        loss(MAPS[0], LEFT[0])
