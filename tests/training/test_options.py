@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import bcoskit
 from bcoskit.training import Augmentation, Loss, Optimization, classification_loss, soft_targets, train
@@ -228,3 +229,26 @@ def test_an_average_of_weights_is_what_is_saved(data, tmp_path, usual):
 def test_a_gradual_conversion_has_no_average(data, tmp_path):
     with pytest.raises(ValueError, match="`ema`"):
         run(data, tmp_path, from_="timm/test_resnet", weights="fresh", gradual=0.5, optimization=Optimization(ema=0.9))
+
+
+def test_explanations_are_watched_while_a_network_is_trained(data, tmp_path):
+    figures = run(data, tmp_path / "run", epochs=3, watch_every=2)
+    shown = sorted(path.name for path in (tmp_path / "run" / "explanations").iterdir())
+    assert shown == ["epoch-0002.png", "epoch-0003.png"]
+    with Image.open(tmp_path / "run" / "explanations" / shown[0]) as sheet:
+        assert sheet.width > 400
+    assert -1 <= figures["test_alignment"] <= 1
+    assert figures["test_residual"] < 1e-4
+    assert "test_pointing" not in figures  # two classes make no grid
+    run(data, tmp_path / "plain", epochs=3)
+    assert same_weights(tmp_path / "plain", tmp_path / "run")  # looking changes nothing
+    with pytest.raises(ValueError, match="`watch_every`"):
+        run(data, tmp_path / "never", watch_every=-1)
+
+
+def test_the_pointing_game_is_watched(tmp_path):
+    colors = {f"{index}": (25 * index, 255 - 25 * index, 40 * (index % 6)) for index in range(10)}
+    write_images(tmp_path / "data", "train", 6, colors)
+    write_images(tmp_path / "data", "test", 4, colors)
+    figures = run(tmp_path / "data", tmp_path / "run", epochs=20, batch_size=10, watch_every=20, learning_rate=5e-3)
+    assert figures["test_pointing"] > 0.2  # a constant map has 0.11

@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def fit(
     epochs: int,
     resumed: bool,
     measure_every: int = 1,
+    callbacks: Sequence[lightning.Callback] = (),
 ) -> dict[str, float]:
     """Train to the last epoch.
 
@@ -67,6 +68,7 @@ def fit(
         epochs: How many.
         resumed: Whether it goes on from the checkpoint in `out`.
         measure_every: Epochs from one measurement to the next; after the last one there always is one.
+        callbacks: Of Lightning, beside its own.
 
     Returns:
         What was measured after the last epoch, by names that begin with `test_`.
@@ -75,7 +77,7 @@ def fit(
     train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
     test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
-        trainer = _trainer(out, epochs, len(train_batches), measure_every, learner.optimization)
+        trainer = _trainer(out, epochs, len(train_batches), measure_every, learner.optimization, callbacks)
         checkpoint = out / CHECKPOINT if resumed else None
         trainer.fit(learner, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
         measured = trainer.callback_metrics
@@ -96,7 +98,14 @@ def can_compile() -> bool:
     return True
 
 
-def _trainer(out: Path, epochs: int, steps: int, measure_every: int, optimization: Optimization) -> lightning.Trainer:
+def _trainer(
+    out: Path,
+    epochs: int,
+    steps: int,
+    measure_every: int,
+    optimization: Optimization,
+    callbacks: Sequence[lightning.Callback],
+) -> lightning.Trainer:
     averages: list[Any] = []
     if optimization.ema is not None:
         averages.append(EMAWeightAveraging(decay=optimization.ema, update_every_n_steps=optimization.ema_every))
@@ -109,7 +118,9 @@ def _trainer(out: Path, epochs: int, steps: int, measure_every: int, optimizatio
             ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
             LearningRateMonitor("epoch"),
             *averages,
+            *callbacks,
         ],
+        inference_mode=False,  # in which nothing can be explained
         log_every_n_steps=min(50, steps),
         num_sanity_val_steps=0,
         check_val_every_n_epoch=measure_every,

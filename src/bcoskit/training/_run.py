@@ -16,6 +16,7 @@ from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Loss, Optimization
+from bcoskit.training._watch import Watch
 
 _OPTIMIZATION, _LOSS, _AUGMENTATION = Optimization(), Loss(), Augmentation()
 
@@ -39,6 +40,7 @@ def train(
     optimization: Optimization = _OPTIMIZATION,
     loss: Loss = _LOSS,
     augmentation: Augmentation = _AUGMENTATION,
+    watch_every: int = 0,
     seed: int = 42,
     compile_step: bool = True,
     resume: bool = False,
@@ -70,6 +72,8 @@ def train(
         optimization: Optimiser, schedule, clipping and averages.
         loss: What is minimised.
         augmentation: Of training images.
+        watch_every: Epochs from one look at explanations of test images to the next, 0 for none: figures in the logs
+            (pointing game, alignment of `W(x)` with `x`, residual), and pictures in `explanations/`.
         seed: Of weights, order and augmentation. A run that was broken off and resumed sees what it would have seen.
         compile_step: Compile the network for training, where a compiler is at hand.
         resume: Go on from the last checkpoint in `out`, if there is one.
@@ -112,6 +116,8 @@ def train(
     else:
         config = conversion(convert, b, learnable_b, gradual)
         settings |= tuning
+    if watch_every < 0:
+        raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
     if gradual and optimization.ema is not None:
         raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
     before = settings_before(out, resume)
@@ -149,8 +155,16 @@ def train(
         gradual_part=gradual,
     )
     write_settings(out, settings)
+    watches = [Watch(test_images, network.transform, out / "explanations", watch_every)] if watch_every else []
     figures = fit(
-        learner, train_images, test_images, batch_size=batch_size, out=out, epochs=epochs, resumed=bool(before)
+        learner,
+        train_images,
+        test_images,
+        batch_size=batch_size,
+        out=out,
+        epochs=epochs,
+        resumed=bool(before),
+        callbacks=watches,
     )
     training = {**settings, **figures}
     save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)

@@ -1,0 +1,107 @@
+"""Explanations while a network is trained: how good they are, and pictures in which one sees alignment grow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from bcoskit import viz
+from bcoskit._explain import explain
+from bcoskit._files import unfinished_file
+from bcoskit.data import ImageTransform, InMemoryImages
+from bcoskit.evaluation import GridPointing, accuracy, choose_grids
+from bcoskit.evaluation._loop import run_metric
+from bcoskit.evaluation._result import Row
+
+_PICTURES, _MEASURED, _GRIDS = 8, 256, 16  # images in a sheet, images that are measured on, and grids of them
+
+
+class Watch(lightning.Callback):
+    """After a measurement: figures of explanations of fixed test images, and a sheet of some of them.
+
+    `test_pointing` is the median of the grid pointing game on up to 16 grids of 3 × 3 images (2 × 2 with fewer than ten
+    classes; none with fewer than five, and while too few images are classified with confidence), `test_alignment` the
+    mean cosine of `W(x)` with `x`, and `test_residual` the largest part of a logit that contributions and constants
+    leave over, relative.
+
+    Args:
+        images: Test images, of which the first ones are watched.
+        transform: Of the network.
+        folder: For the sheets, `epoch-0001.png` and so on: images above, their explanations below.
+        every: Epochs from one look to the next.
+    """
+
+    def __init__(self, images: InMemoryImages, transform: ImageTransform, folder: Path, every: int) -> None:
+        self.images, self.transform, self.folder, self.every = images, transform, folder, every
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Look, if it is time to, and log what was seen."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every and epoch != trainer.max_epochs:
+            return
+        model: Any = pl_module.model
+        chosen = self._chosen()
+        x = self.transform.encode_pixels(self.images.images[chosen]).to(pl_module.device)
+        labels = self.images.labels[chosen]
+        for name, value in self._figures(model, x, labels).items():
+            pl_module.log(f"test_{name}", value)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._draw(model, x[:_PICTURES], labels[:_PICTURES], self.folder / f"epoch-{epoch:04d}.png")
+
+    def _chosen(self) -> Tensor:
+        """The first images of each class in turn, so that all classes are there."""
+        labels = self.images.labels
+        rank = torch.zeros_like(labels)
+        for label in labels.unique():
+            mine = labels == label
+            rank[mine] = torch.arange(int(mine.sum()))
+        return (rank * (int(labels.max()) + 1) + labels).argsort(stable=True)[:_MEASURED]
+
+    def _figures(self, model: Any, x: Tensor, labels: Tensor) -> dict[str, float]:
+        few = explain(model, x[:_PICTURES], labels[:_PICTURES], shares=True)
+        assert few.residual is not None
+        found = [explain(model, part) for part in x.split(32)]
+        cosines = torch.cat([torch.cosine_similarity(e.weights.flatten(1), e.x.flatten(1), dim=1) for e in found])
+        figures = {"alignment": float(cosines.mean()), "residual": float(few.residual.abs().max())}
+        grid = 3 if len(self.images.classes) > 9 else 2
+        if len(self.images.classes) > grid**2:
+            dataset = list(zip(x.cpu(), labels.tolist(), strict=True))
+            ranking = accuracy(model, dataset).rows
+            grids = _as_many_grids_as_there_are(ranking, grid)
+            if grids:
+                metric = GridPointing(grid, grids)
+                figures["pointing"] = run_metric(metric, model, dataset, "bcos", ranking=ranking).median
+        return figures
+
+    def _draw(self, model: Any, x: Tensor, labels: Tensor, file: Path) -> None:
+        e = explain(model, x, labels)
+        smooth = max(1, round(x.shape[-1] / 30)) | 1
+        above: list[tuple[Any, str]] = []
+        below: list[tuple[Any, str]] = []
+        for index, label in enumerate(labels.tolist()):
+            pixels = self.images.images[self._chosen()[index]].movedim(0, -1)
+            above.append((pixels, f"{self.images.classes[label]}\nlogit {float(e.value[index]):.2f}"))
+            if e.weights.shape[1] in (2, 6):
+                picture = viz.color_picture(e.weights[index], e.contributions[index], smooth=smooth)
+            else:
+                picture = viz.contribution_map(e.contributions[index])
+            below.append((picture, ""))
+        unfinished = unfinished_file(file)
+        try:
+            viz.montage([above, below], cell=96).save(unfinished, format="PNG")
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _as_many_grids_as_there_are(ranking: Sequence[Row], grid: int) -> int:
+    for count in range(_GRIDS, 0, -1):
+        try:
+            choose_grids(ranking, grid=grid, count=count)
+        except ValueError:  # too few images are classified with confidence yet
+            continue
+        return count
+    return 0
