@@ -213,7 +213,7 @@ def test_grad_cam_needs_maps():
 
 
 def test_grad_cam_of_a_network_by_name_reads_its_last_stage():
-    from bcoskit.evaluation._methods import last_map
+    from bcoskit.evaluation._gradients import last_map
 
     model = bcoskit.create_model("resnet20.bcos_cifar10")
     assert last_map(model.eval(), torch.rand(1, 6, 32, 32)) == model.stage_names[-1]
@@ -266,7 +266,7 @@ def test_an_attribution_of_another_network_is_refused():
 
 
 def test_grad_cam_where_maps_have_as_many_channels_as_there_are_classes():
-    from bcoskit.evaluation._methods import last_map
+    from bcoskit.evaluation._gradients import last_map
 
     assert last_map(small(classes=8), X) == "act2"
     assert last_map(patches(), images(1)[0][0][None]) == "conv"

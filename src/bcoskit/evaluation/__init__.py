@@ -1,7 +1,9 @@
 """Measure explanations: pointing games, perturbation curves, sanity checks, by any attribution method."""
 
 from bcoskit.evaluation._accuracy import Accuracy, accuracy, accuracy_figures
-from bcoskit.evaluation._methods import METHODS, Method, attribute
+from bcoskit.evaluation._grids import choose_grids, make_grid
+from bcoskit.evaluation._method import Method
+from bcoskit.evaluation._methods import METHODS, attribute
 from bcoskit.evaluation._perturbation import (
     Perturbation,
     area_under,
@@ -13,11 +15,9 @@ from bcoskit.evaluation._perturbation import (
 from bcoskit.evaluation._pointing import (
     EnergyPointing,
     GridPointing,
-    choose_grids,
     energy_pointing_game,
     grid_pointing_game,
     grid_scores,
-    make_grid,
     region_mask,
 )
 from bcoskit.evaluation._quantus import quantus_explain

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bcoskit import viz
 from bcoskit._files import unfinished_file
 from bcoskit.evaluation._accuracy import accuracy_figures
+from bcoskit.evaluation._grids import make_grid
 from bcoskit.evaluation._loop import stacked
 from bcoskit.evaluation._methods import attribute, name_of
-from bcoskit.evaluation._pointing import make_grid
 from bcoskit.evaluation._result import Result, Row
 from bcoskit.evaluation._run import SETTINGS, table_rows, write_text
 

@@ -1,0 +1,154 @@
+"""Attribution by `W(x)`, by gradients, and by what captum makes of them."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcoskit._explain import explain
+from bcoskit.evaluation._method import Chosen, all_targets, captum_attr, copied, each_target, for_any_target
+from bcoskit.nn import ClassifierHead
+
+
+@for_any_target
+def bcos(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """`W(x)·x` summed over the channels: `bcoskit.explain`, one forward pass for all targets."""
+    return explain(model, x, target).contributions
+
+
+@for_any_target
+def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """The gradient, signed, summed over the channels (captum's `Saliency` with `abs=False`)."""
+    return _gradients(model, x, target).sum(2)
+
+
+@for_any_target
+def input_x_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Input times gradient, summed over the channels (captum's `InputXGradient`)."""
+    return (_gradients(model, x, target) * x.unsqueeze(1)).sum(2)
+
+
+def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    with torch.enable_grad():
+        start = x.detach().clone().requires_grad_()
+        return all_targets(Chosen(model, target), (start,))[0].movedim(0, 1)
+
+
+@for_any_target
+def integrated_gradients(
+    model: nn.Module, x: Tensor, target: Tensor, *, steps: int = 50, batch_size: int = 8
+) -> Tensor:
+    """Integrated Gradients from zeros (Sundararajan et al., ICML 2017) by captum, one forward pass for all targets.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        steps: Points of the Gauss-Legendre quadrature.
+        batch_size: Points that are computed at once, times N.
+    """
+    attr = captum_attr()
+    engine = attr.IntegratedGradients(Chosen(model, target), multiply_by_inputs=False)
+
+    def gradients(forward_fn: Any, inputs: Any, **_: Any) -> tuple[Tensor, ...]:
+        return tuple(found.movedim(0, 1) for found in all_targets(forward_fn, inputs))
+
+    engine.gradient_func = gradients
+    start = x.detach().clone().requires_grad_()
+    found = engine.attribute(start, n_steps=steps, internal_batch_size=batch_size * len(x))
+    return (found * x.unsqueeze(1)).sum(2)
+
+
+@for_any_target
+def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """DeepLIFT from zeros (Shrikumar et al., ICML 2017) by captum: differences pass activations by the rescale rule."""
+    return _hooked(captum_attr().DeepLift, model, x, target)
+
+
+@for_any_target
+def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive."""
+    return _hooked(captum_attr().GuidedBackprop, model, x, target)
+
+
+def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    def one(twin: nn.Module, start: Tensor, classes: Tensor) -> Tensor:
+        return engine(Chosen(twin, classes[:, None])).attribute(start, target=0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"captum\.")  # that it sets hooks, which it does on our copy
+        return each_target(one, copied(model), x, target)
+
+
+@for_any_target
+def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None = None) -> Tensor:
+    """Grad-CAM (Selvaraju et al., ICCV 2017) by captum, brought to the size of the input by nearest neighbours.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        layer: Path of the layer whose maps are weighted; by default the last one that has maps.
+
+    Raises:
+        ValueError: If the network has no such layer.
+    """
+    attr = captum_attr()
+    whole = copied(model)
+    path = last_map(whole, x[:1]) if layer is None else layer
+    try:
+        chosen = whole.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"`layer` (={path!r}) is no layer of the network") from error
+    start = x.detach().clone().requires_grad_()
+    maps = [
+        attr.LayerGradCam(Chosen(whole, column), chosen).attribute(start, target=0, relu_attributions=True)
+        for column in target.split(1, 1)
+    ]
+    if maps[0].ndim != 4:
+        raise ValueError(f"`layer` (={path!r}) has no maps, but {tuple(maps[0].shape)}: Grad-CAM needs (N, C, H, W)")
+    return F.interpolate(torch.cat(maps, 1).detach(), x.shape[-2:], mode="nearest")
+
+
+def last_map(model: nn.Module, x: Tensor) -> str:
+    """Path of the last layer whose output is maps: of a network by name its last stage.
+
+    Raises:
+        ValueError: If what comes before the classifier is no map (N, C, H, W), as in transformers.
+    """
+    found: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def note(path: str, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim >= 3 and math.prod(output.shape[2:]) > 1:
+            found.append((path, module, tuple(output.shape)))
+
+    handles = [
+        module.register_forward_hook(lambda module, _inputs, output, path=path: note(path, module, output))
+        for path, module in model.named_modules()
+        if path
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stages = getattr(model, "stage_names", ())
+    heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ClassifierHead))
+    named = [each for each in found if each[0] in stages[-1:]]
+    before = [each for each in found if not f"{each[0]}.".startswith(heads)] if heads else found
+    if not named and not before:
+        raise ValueError("`method` (='grad_cam') needs a layer with maps (N, C, H, W): no layer returns maps")
+    path, module, shape = (named or before)[-1]
+    # Layers that work on the last axis have the channels there.
+    channels_last = isinstance(module, (nn.Linear, nn.LayerNorm)) and "2d" not in type(module).__name__
+    if len(shape) != 4 or channels_last:
+        raise ValueError(
+            "`method` (='grad_cam') needs a layer with maps (N, C, H, W) before the classifier, but "
+            f"{path!r} returns {shape}"
+        )
+    return path

@@ -1,0 +1,263 @@
+"""Attribution by what happens when parts of an image are hidden; each sample is computed once for all targets."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcoskit.evaluation._method import Chosen, captum_attr, for_any_target
+from bcoskit.evaluation._probabilities import check_classes, probabilities_of
+
+SEED = 42  # of the masks of RISE, LIME and KernelSHAP
+
+
+@for_any_target
+def occlusion(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 32,
+) -> Tensor:
+    """How much the logit falls when a window is set to 0 (Zeiler and Fergus, ECCV 2014), by captum, for all targets.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        window: Side of the window; by default 32 for inputs of at least 224 pixels, 9 of at least 64, else 5. (The
+            authors' windows have a pixel less where the side is odd.)
+        stride: Step of the window; by default 32, 4 and 2.
+        batch_size: Windows that are computed at once.
+    """
+    side = min(x.shape[-2:])
+    size, step = (32, 32) if side >= 224 else (9, 4) if side >= 64 else (5, 2)
+    size, step = (size if window is None else window), (step if stride is None else stride)
+    if not 1 <= size <= side:
+        raise ValueError(f"`window` (={size}) must be between 1 and {side}, the side of the images")
+    if not 1 <= step <= size:
+        raise ValueError(f"`stride` (={step}) must be between 1 and the side of the window, {size}")
+    shapes, strides = (x.shape[1], size, size), (x.shape[1], step, step)
+    maps: list[Tensor] = []
+    with torch.no_grad():
+        for sample, classes in zip(x, target, strict=True):
+            engine = captum_attr().Occlusion(Chosen(model, classes[None]))
+            found = engine.attribute(sample[None], shapes, strides, perturbations_per_eval=batch_size)
+            maps.append(found.sum(1).to(x.dtype))
+    return torch.stack(maps)
+
+
+@for_any_target
+def rise(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    count: int = 500,
+    cells: int = 8,
+    probability: float = 0.1,
+    batch_size: int = 32,
+    seed: int = SEED,
+) -> Tensor:
+    """RISE (Petsiuk et al., BMVC 2018): the mean of random masks, weighted by the class's probability behind them.
+
+    `Σ_i p(mask_i · x) · mask_i / (count · probability)`; a mask is a grid of `cells` × `cells` zeros and ones,
+    enlarged bilinearly and shifted at random.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        count: Number of masks, the same for all samples.
+        cells: Cells of a mask along each side.
+        probability: Of a cell to be visible.
+        batch_size: Masks that are computed at once.
+        seed: Of the masks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = x.shape[-2:]
+    cell = [math.ceil(size / cells) for size in (height, width)]
+    grids = (torch.rand(count, 1, cells, cells, generator=generator) < probability).float()
+    shifts = torch.stack([torch.randint(each, (count,), generator=generator) for each in cell], 1)
+    saliency = x.new_zeros(*target.shape, height, width)
+    with torch.no_grad():
+        for few, places in zip(grids.split(batch_size), shifts.split(batch_size), strict=True):
+            large = F.interpolate(few, [(cells + 1) * each for each in cell], mode="bilinear")[:, 0]
+            parts = [
+                mask[top : top + height, left : left + width]
+                for mask, (top, left) in zip(large, places.tolist(), strict=True)
+            ]
+            masks = torch.stack(parts).to(x)
+            for index, sample in enumerate(x):
+                chosen = _probabilities(model, sample * masks[:, None], target[index])
+                saliency[index] += torch.einsum("mk,mhw->khw", chosen, masks)
+    return saliency / (count * probability)
+
+
+@for_any_target
+def lime(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    count: int = 500,
+    kernel_size: int = 4,
+    features: int = 5,
+    batch_size: int = 32,
+    seed: int = SEED,
+) -> Tensor:
+    """LIME (Ribeiro et al., KDD 2016) by captum: 1 on the segments with the largest positive weights, 0 elsewhere.
+
+    Segments are those of quickshift; hidden ones get their mean colour; a ridge regression of the probabilities,
+    samples weighted by an exponential kernel (width 0.25) of the cosine distance.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        count: Number of samples, the same for all targets of an image.
+        kernel_size: Of quickshift.
+        features: Number of segments that are shown.
+        batch_size: Samples that are computed at once.
+        seed: Of the samples.
+    """
+    from captum._utils.models.linear_model import SkLearnRidge
+
+    def similarity(_original: Any, _perturbed: Any, visible: Tensor, **_: Any) -> Tensor:
+        distance = 1 - visible.float().mean().sqrt()  # the cosine to a vector of ones
+        return torch.exp(-(distance**2) / (2 * 0.25**2))
+
+    def engine(forward: Any) -> Any:
+        return captum_attr().Lime(forward, interpretable_model=SkLearnRidge(alpha=1.0), similarity_func=similarity)
+
+    def shown(weights: Tensor) -> Tensor:
+        best = weights.topk(min(features, len(weights))).indices
+        mask = torch.zeros_like(weights)
+        mask[best] = (weights[best] > 0).to(weights.dtype)
+        return mask
+
+    return _by_segments(engine, shown, model, x, target, count, kernel_size, batch_size, seed)
+
+
+@for_any_target
+def kernel_shap(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    count: int = 500,
+    kernel_size: int = 4,
+    batch_size: int = 32,
+    seed: int = SEED,
+) -> Tensor:
+    """KernelSHAP (Lundberg and Lee, NeurIPS 2017) by captum: Shapley values of the segments of quickshift.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        count: Number of samples, the same for all targets of an image.
+        kernel_size: Of quickshift.
+        batch_size: Samples that are computed at once.
+        seed: Of the samples.
+    """
+
+    def per_pixel(weights: Tensor) -> Tensor:
+        return weights
+
+    return _by_segments(captum_attr().KernelShap, per_pixel, model, x, target, count, kernel_size, batch_size, seed)
+
+
+def _by_segments(
+    engine: Callable[[Any], Any],
+    shown: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    count: int,
+    kernel_size: int,
+    batch_size: int,
+    seed: int,
+) -> Tensor:
+    maps: list[Tensor] = []
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        for sample, classes in zip(x, target, strict=True):
+            segments = _segments(sample, kernel_size)
+            number = int(segments.max()) + 1
+            hidden = _means(sample, segments, number)[None]
+            forward = _Replayed(model, classes)
+            for _ in classes:
+                if number == 1:  # there is nothing to compare: all that is hidden counts
+                    weights = forward(sample[None]) - forward(hidden)
+                else:
+                    torch.manual_seed(seed)
+                    weights = engine(forward).attribute(
+                        sample[None],
+                        baselines=hidden,
+                        feature_mask=segments[None, None],
+                        n_samples=count,
+                        perturbations_per_eval=batch_size,
+                        return_input_shape=False,
+                    )
+                maps.append(shown(weights.flatten().to(x))[segments])
+                forward.next_target()
+    return torch.stack(maps).unflatten(0, tuple(target.shape))
+
+
+def _segments(sample: Tensor, kernel_size: int) -> Tensor:
+    from skimage.segmentation import quickshift
+
+    rgb = sample[:3].movedim(0, -1).double()
+    if rgb.shape[-1] != 3:
+        rgb = rgb[..., :1].expand(*rgb.shape[:-1], 3)
+    low, high = rgb.aminmax()
+    if low < 0 or high > 1:  # of normalised channels
+        rgb = (rgb - low) / (high - low)
+    found = quickshift(rgb.cpu().numpy(), kernel_size=kernel_size, max_dist=200, ratio=0.2, rng=SEED)
+    return torch.from_numpy(found).long().to(sample.device)
+
+
+def _means(sample: Tensor, segments: Tensor, number: int) -> Tensor:
+    """Every pixel in the mean colour of its segment."""
+    flat = segments.flatten()
+    sums = sample.new_zeros(len(sample), number).index_add_(1, flat, sample.flatten(1))
+    return (sums / flat.bincount(minlength=number))[:, flat].view_as(sample)
+
+
+def _probabilities(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    """Of classes (K,), for all samples: (N, K)."""
+    logits = model(x)
+    check_classes(classes.tolist(), logits)
+    return probabilities_of(model, logits)[:, classes]
+
+
+class _Replayed:
+    """The probabilities of one target of an image, and then of the next, on the same sequence of samples.
+
+    Each sample is computed once: its methods ask for the same ones again for each target, since they are seeded.
+    """
+
+    def __init__(self, model: nn.Module, classes: Tensor) -> None:
+        self._model, self._classes = model, classes
+        self._index = 0
+        self._position = itertools.count()
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def next_target(self) -> None:
+        self._index += 1
+        self._position = itertools.count()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        position = next(self._position)
+        if position == len(self._seen):
+            found = _probabilities(self._model, x, self._classes)
+            self._seen.append((x.sum((1, 2, 3)), found))
+        check, found = self._seen[position]
+        assert torch.equal(check, x.sum((1, 2, 3))), "samples of another target differ"
+        return found[:, self._index]
