@@ -78,7 +78,8 @@ class TestFiles:
 
     def test_settings(self, finished):
         out, _ = finished
-        assert json.loads((out / "settings.json").read_text()) == {
+        settings = json.loads((out / "settings.json").read_text())
+        assert settings == {
             "model": BCOS,
             "epochs": 3,
             "batch_size": 8,
@@ -88,7 +89,9 @@ class TestFiles:
             "augmentation": asdict(Augmentation()),
             "seed": 42,
             "classes": ["green", "red"],
+            "data": settings["data"],
         }
+        assert len(settings["data"]) == 16
 
     def test_model(self, finished):
         model = create_model(finished[0] / "model.safetensors")
@@ -310,6 +313,12 @@ class TestRefusals:
         (copied / "settings.json").write_text(json.dumps(settings))
         run(data, copied, epochs=3, resume=True)
         assert "classes" in json.loads((copied / "settings.json").read_text())
+
+    def test_other_images_are_noticed(self, copied, data, tmp_path):
+        root = tmp_path / "other"
+        write_images(root, "train", 8, {name: color[::-1] for name, color in COLORS.items()})
+        write_images(root, "test", 3)
+        assert "`data`" in refused(ValueError, root, copied, epochs=3, resume=True)
 
     @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", "3"])
     def test_damaged_settings(self, text, copied, data):

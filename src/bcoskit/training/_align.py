@@ -14,7 +14,7 @@ from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.models import Network, create_model, model_row, save_model
 from bcoskit.training._engine import can_compile, fit
-from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
+from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
 from bcoskit.training._run import Conversion, as_network, conversion, given, loaded
 
@@ -247,6 +247,8 @@ def align(
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
     train_images, test_images, has_labels = _splits(data, row.transform, original.num_classes)
+    settings["data"] = data_digest(train_images)
+    check_unchanged(settings, before, out)
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
     learner = Aligner(

@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, and whether a run can go on from there."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 
+from bcoskit.data import InMemoryImages
+
+_SAMPLED = 64  # images that tell datasets apart
 CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
 
 
@@ -43,6 +47,14 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
     if not isinstance(before, dict) or not before:
         raise ValueError(f"{settings}: holds no settings, so that the run cannot be resumed")
     return before
+
+
+def data_digest(images: InMemoryImages) -> str:
+    """Of all labels and of some images: tells whether a run goes on with the data that it began with."""
+    digest = hashlib.sha256(images.labels.cpu().numpy().tobytes())
+    places = torch.linspace(0, len(images) - 1, min(len(images), _SAMPLED)).round().long()
+    digest.update(images.images[places].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path) -> None:

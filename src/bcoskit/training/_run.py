@@ -13,7 +13,7 @@ from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, cifar10, in_memory, open_dataset
 from bcoskit.models import Network, create_model, model_row, save_model
 from bcoskit.training._engine import can_compile, fit
-from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, settings_before, write_settings
+from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Loss, Optimization
 from bcoskit.training._watch import Watch
@@ -124,7 +124,7 @@ def train(
     check_unchanged(settings, before, out)
     train_images, test_images = (_images(data, split, row.transform, download) for split in ("train", "test"))
     classes = train_images.classes
-    settings["classes"] = list(classes)
+    settings |= {"classes": list(classes), "data": data_digest(train_images)}
     check_unchanged(settings, before, out)
     if test_images.classes != classes:
         raise ValueError(f"`data` (={data}) has other classes for testing than for training")
