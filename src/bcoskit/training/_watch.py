@@ -44,12 +44,14 @@ class Watch(lightning.Callback):
             return
         model: Any = pl_module.model
         chosen = self._chosen()
-        x = self.transform.encode_pixels(self.images.images[chosen]).to(pl_module.device)
+        pixels = self.images.images[chosen]
+        x = self.transform.encode_pixels(pixels).to(pl_module.device)
         labels = self.images.labels[chosen]
         for name, value in self._figures(model, x, labels).items():
             pl_module.log(f"test_{name}", value)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._draw(model, x[:_PICTURES], labels[:_PICTURES], self.folder / f"epoch-{epoch:04d}.png")
+        few = slice(_PICTURES)
+        self._draw(model, x[few], labels[few], pixels[few], self.folder / f"epoch-{epoch:04d}.png")
 
     def _chosen(self) -> Tensor:
         """The first images of each class in turn, so that all classes are there."""
@@ -76,14 +78,15 @@ class Watch(lightning.Callback):
                 figures["pointing"] = run_metric(metric, model, dataset, "bcos", ranking=ranking).median
         return figures
 
-    def _draw(self, model: Any, x: Tensor, labels: Tensor, file: Path) -> None:
+    def _draw(self, model: Any, x: Tensor, labels: Tensor, pixels: Tensor, file: Path) -> None:
         e = explain(model, x, labels)
         smooth = max(1, round(x.shape[-1] / 30)) | 1
         above: list[tuple[Any, str]] = []
         below: list[tuple[Any, str]] = []
         for index, label in enumerate(labels.tolist()):
-            pixels = self.images.images[self._chosen()[index]].movedim(0, -1)
-            above.append((pixels, f"{self.images.classes[label]}\nlogit {float(e.value[index]):.2f}"))
+            above.append(
+                (pixels[index].movedim(0, -1), f"{self.images.classes[label]}\nlogit {float(e.value[index]):.2f}")
+            )
             if e.weights.shape[1] in (2, 6):
                 picture = viz.color_picture(e.weights[index], e.contributions[index], smooth=smooth)
             else:
