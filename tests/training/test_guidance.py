@@ -29,9 +29,12 @@ def test_what_is_inside_alone_is_best(loss):
 
 @pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss, matching_loss])
 def test_gradients_reach_the_weights(loss):
-    network = torch.nn.Sequential(bcoskit.nn.BcosConv2d(6, 2, 3, padding=1), bcoskit.nn.ClassifierHead(2, 3)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(bcoskit.nn.BcosConv2d(6, 8, 3, padding=1), bcoskit.nn.ClassifierHead(8, 3)).eval()
     x = bcoskit.encode(torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
-    contributions = bcoskit.explain(network, x, 1, create_graph=True).contributions
+    contributions = bcoskit.explain(network, x, create_graph=True).contributions
+    assert float(contributions.detach().max()) > 0
     masks = torch.zeros(2, 6, 6)
     masks[:, :3] = 1
     loss(contributions, masks).backward()

@@ -394,6 +394,35 @@ class TestCompilation:
         assert told == [f"the training step is not compiled: {reason}"]
         assert same_weights(tmp_path / "run", finished[0])
 
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_a_compiler_that_fails_late_costs_its_speed_alone(self, where, data, tmp_path, monkeypatch, finished):
+        from torch._dynamo.exc import TorchDynamoException
+
+        class Failing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                raise TorchDynamoException("invalid ELF header")
+
+        def compiled(function):
+            def call(*arguments):
+                outputs = function(*arguments)
+                if function is torch.sin:
+                    return outputs
+                if where == "forward":
+                    raise TorchDynamoException("invalid ELF header")
+                return Failing.apply(outputs)
+
+            return call
+
+        monkeypatch.setattr(torch, "compile", compiled)
+        with pytest.warns(UserWarning, match="the training step is not compiled: invalid ELF header"):
+            run(data, tmp_path / "run", epochs=3, compile_step=True)
+        assert same_weights(tmp_path / "run", finished[0])
+
     def test_the_network_is_compiled_for_training_alone(self, data, tmp_path, monkeypatch, finished):
         calls = []
 

@@ -93,7 +93,11 @@ class Aligner(Learner):
         self._augment = augmentation(size)
         self.agreement, self.accuracy, self.distance = MeanMetric(), MeanMetric(), MeanMetric()
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def uncompile(self) -> None:
+        """Go on with the networks as they are."""
+        self._both = list(self._hooked)
+
+    def batch_loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss of one augmented batch.
 
         Raises:
@@ -104,9 +108,7 @@ class Aligner(Learner):
             torch.manual_seed(seed_of(self.seed, self.current_epoch, batch_index))
             augmented = torch.stack([self._augment(image) for image in images])
         student, teacher = self._outputs(augmented)
-        loss = self.checked(alignment_loss(student, teacher))
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+        return self.checked(alignment_loss(student, teacher))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """How often the student names what the teacher names, and what the label is; and the loss."""

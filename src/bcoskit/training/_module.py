@@ -1,6 +1,7 @@
 """The Lightning modules: what is trained, by which loss, and what happens to a batch of pixels."""
 
 import random
+import warnings
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -8,6 +9,7 @@ import lightning
 import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torchmetrics.classification import MulticlassAccuracy
 
 from bcoskit.convert import GradualConversion
@@ -59,7 +61,50 @@ class Learner(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.seed = seed
         self._gradual, self._gradual_part = gradual, gradual_part
+        self._latest: tuple[Any, int] = ((), 0)
+        self._before_the_first: dict[str, Tensor] | None = None
         self._all_steps: int | None = None
+
+    def batch_loss(self, batch: Any, batch_index: int) -> Tensor:
+        """The loss of one augmented batch, by the compiled network if there is one."""
+        raise NotImplementedError
+
+    def uncompile(self) -> None:
+        """Go on without compiled networks."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """The loss of one augmented batch.
+
+        Raises:
+            RuntimeError: If it is not finite, before the step that it would spoil.
+        """
+        self._latest = (batch, batch_index)
+        if self._before_the_first is None:
+            self._before_the_first = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        try:
+            loss = self.batch_loss(batch, batch_index)
+        except TorchDynamoException as error:
+            loss = self._uncompiled_loss(error)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def backward(self, loss: Tensor, *_arguments: Any, **_keywords: Any) -> None:
+        """The gradients; if a compiler fails at them, those of the network as it is."""
+        try:
+            loss.backward()
+        except TorchDynamoException as error:
+            self._uncompiled_loss(error).backward()
+        self._before_the_first = {}
+
+    def _uncompiled_loss(self, error: TorchDynamoException) -> Tensor:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"the training step is not compiled: {reason}", stacklevel=2)
+        self.uncompile()
+        with torch.no_grad():  # what the first pass has written to running statistics is not written twice
+            for name, value in (self._before_the_first or {}).items():
+                self.get_buffer(name).copy_(value)
+        return self.batch_loss(*self._latest)
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and the schedule of its learning rate."""
@@ -158,7 +203,11 @@ class Classifier(Learner):
         self._for_training = [torch.compile(model) if compile_step else model]
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def uncompile(self) -> None:
+        """Go on with the network as it is."""
+        self._for_training[0] = self.model
+
+    def batch_loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss of one augmented batch.
 
         Raises:
@@ -176,9 +225,7 @@ class Classifier(Learner):
         # Beside its logits an Inception network returns those of its auxiliary classifier.
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         losses = [self._loss(logits, targets), *(self.loss.auxiliary * self._loss(each, targets) for each in auxiliary)]
-        loss = torch.stack(losses).sum()
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+        return torch.stack(losses).sum()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss and accuracy of one batch.
