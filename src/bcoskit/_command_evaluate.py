@@ -2,6 +2,7 @@
 
 import json as json_format
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,23 +119,24 @@ def evaluate_model(
             raise ValueError(f"`{name}` (={unknown or given}) must be of: {', '.join(known)}")
     if (boxes is None) == ("energy_pointing" in metrics):
         raise ValueError("`boxes` and the metric energy_pointing need one another")
+    images: dict[str, Any] = {"count": count, "explained": explained, "seed": seed}
     available: dict[str, Any] = {
         "grid_pointing": lambda: GridPointing(
             grid, count, protocol, threshold, smooth, window, stride, rescale, authors_offset, seed
         ),
         "energy_pointing": lambda: EnergyPointing(1 if smooth is None else smooth),
-        "deletion": lambda: Perturbation("deletion", None, steps, patch, count, explained, seed),
-        "insertion": lambda: Perturbation("insertion", None, steps, patch, count, explained, seed),
-        "perturbation": lambda: Perturbation("perturbation", None, steps, patch, count, explained, seed),
-        "randomization": lambda: Randomization(count, explained, seed),
-        "stability": lambda: Stability(count=count, explained=explained, seed=seed),
-        "completeness": lambda: Completeness(count, explained, seed),
+        **{
+            kind: partial(Perturbation, kind, None, steps, patch, **images)
+            for kind in ("deletion", "insertion", "perturbation")
+        },
+        "randomization": partial(Randomization, **images),
+        "stability": partial(Stability, **images),
+        "completeness": partial(Completeness, **images),
     }
     wanted = [available[name]() for name in dict.fromkeys(metrics) if name != "accuracy"]
     network = create_model(model, weights=True if weights is None else weights).to(device_named(device))
-    images = open_dataset(data, "test", network.transform)
-    images = _with_classes_of(network.classes, images, data)
-    dataset: Any = images if boxes is None else WithBoxes(images, _boxes(boxes, len(images)))
+    labelled = _with_classes_of(network.classes, open_dataset(data, "test", network.transform), data)
+    dataset: Any = labelled if boxes is None else WithBoxes(labelled, _boxes(boxes, len(labelled)))
     methods = list(dict.fromkeys(methods))
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

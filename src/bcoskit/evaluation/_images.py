@@ -1,6 +1,7 @@
 """What metrics of single images share: which images, and which class of each is explained."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,6 +14,34 @@ from bcoskit.evaluation._result import Row
 
 Explained: TypeAlias = Literal["predicted", "label"]
 """Which class of an image is explained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnImages:
+    """What a metric of single images is measured on.
+
+    Attributes:
+        count: Number of images, drawn at random; None for all.
+        explained: Which class of an image.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If `explained` is another word.
+    """
+
+    count: int | None = None
+    explained: Explained = "predicted"
+    seed: int = 42
+
+    needs_method = True
+
+    def __post_init__(self) -> None:
+        if self.explained not in ("predicted", "label"):
+            raise ValueError(f"`explained` (={self.explained!r}) must be 'predicted' or 'label'")
+
+    def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
+        """Numbers of the images that are drawn."""
+        return drawn(dataset, self.count, self.seed)
 
 
 def drawn(dataset: Any, count: int | None, seed: int) -> Sequence[int]:
@@ -40,16 +69,6 @@ def inputs_and_targets(
         logits = model(x)
     check_classes(labels if explained == "label" else (), logits)
     return x, torch.tensor(labels, device=x.device) if explained == "label" else logits.argmax(1)
-
-
-def check_explained(explained: str) -> None:
-    """Refuse another word.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if explained not in ("predicted", "label"):
-        raise ValueError(f"`explained` (={explained!r}) must be 'predicted' or 'label'")
 
 
 def image_rows(units: Sequence[int], target: Tensor, *columns: Mapping[str, Sequence[Any]]) -> list[list[Row]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from bcoskit.evaluation._images import Explained, check_explained, drawn, image_rows, inputs_and_targets
+from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._methods import attribute
 from bcoskit.evaluation._probabilities import probabilities_of
@@ -102,7 +102,7 @@ def area_under(curves: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Perturbation:
+class Perturbation(DrawnImages):
     """Areas under the curves of perturbation: see `deletion`, `insertion` and `perturbation`.
 
     Attributes:
@@ -111,20 +111,12 @@ class Perturbation:
         baseline: As of `perturbation_curve`; by default "blur" for insertion, else "zero".
         steps: As of `perturbation_curve`.
         patch: As of `perturbation_curve`.
-        count: Number of images, drawn at random; None for all.
-        explained: Which class of an image.
-        seed: Of the draw.
     """
 
     kind: Kind
     baseline: Baseline | None = None
     steps: int = 32
     patch: int = 1
-    count: int | None = None
-    explained: Explained = "predicted"
-    seed: int = 42
-
-    needs_method = True
 
     @property
     def name(self) -> str:
@@ -132,7 +124,7 @@ class Perturbation:
         return self.kind
 
     def __post_init__(self) -> None:
-        check_explained(self.explained)
+        super().__post_init__()
         if self.kind not in ("deletion", "insertion", "perturbation"):
             raise ValueError(f"`kind` (={self.kind!r}) must be 'deletion', 'insertion' or 'perturbation'")
         if self.baseline not in (None, "zero", "mean", "blur"):
@@ -140,10 +132,6 @@ class Perturbation:
         for name in ("steps", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1")
-
-    def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
-        """Images that are drawn at random."""
-        return drawn(dataset, self.count, self.seed)
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """Curve and area of some images."""
@@ -199,7 +187,7 @@ def deletion(
     Raises:
         ValueError: If an argument is out of its range, or the method does not fit the network.
     """
-    metric = Perturbation("deletion", baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("deletion", baseline, steps, patch, count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
@@ -221,7 +209,7 @@ def insertion(
 
     Petsiuk et al., RISE, BMVC 2018. Arguments, result and errors are those of `deletion`.
     """
-    metric = Perturbation("insertion", baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("insertion", baseline, steps, patch, count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
@@ -243,5 +231,5 @@ def perturbation(
 
     Srinivas and Fleuret, NeurIPS 2019. Arguments, result and errors are those of `deletion`.
     """
-    metric = Perturbation("perturbation", baseline, steps, patch, count, explained, seed)
+    metric = Perturbation("perturbation", baseline, steps, patch, count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)

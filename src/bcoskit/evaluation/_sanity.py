@@ -10,29 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
-from bcoskit.evaluation._images import Explained, check_explained, drawn, image_rows, inputs_and_targets
+from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._methods import attribute, name_of
 from bcoskit.evaluation._result import Result, Row
 
 
 @dataclass(frozen=True)
-class Randomization:
+class Randomization(DrawnImages):
     """The sanity check by random weights: see `randomization`."""
 
-    count: int | None = None
-    explained: Explained = "predicted"
-    seed: int = 42
-
     name = "randomization"
-    needs_method = True
-
-    def __post_init__(self) -> None:
-        check_explained(self.explained)
-
-    def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
-        """Images that are drawn at random."""
-        return drawn(dataset, self.count, self.seed)
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """The correlation of each image's explanations after each layer."""
@@ -116,7 +104,7 @@ def randomization(
     Raises:
         ValueError: If an argument is out of its range, or the method does not fit the network.
     """
-    metric = Randomization(count, explained, seed)
+    metric = Randomization(count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
@@ -136,30 +124,21 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(DrawnImages):
     """The change of explanations under small changes of the image: see `stability`."""
 
     noise: float = 0.02
     draws: int = 10
     shift: int = 1
-    count: int | None = None
-    explained: Explained = "predicted"
-    seed: int = 42
-
     name = "stability"
-    needs_method = True
 
     def __post_init__(self) -> None:
-        check_explained(self.explained)
+        super().__post_init__()
         if self.noise < 0 or self.draws < 1 or self.shift < 1:
             raise ValueError(
                 f"`noise` (={self.noise}) must not be negative, `draws` (={self.draws}) and `shift` (={self.shift}) "
                 "must be at least 1"
             )
-
-    def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
-        """Images that are drawn at random."""
-        return drawn(dataset, self.count, self.seed)
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """The largest change of each image's explanation, by noise and by shifts."""
@@ -251,27 +230,15 @@ def stability(
     Raises:
         ValueError: If an argument is out of its range, or the method does not fit the network.
     """
-    metric = Stability(noise, draws, shift, count, explained, seed)
+    metric = Stability(noise, draws, shift, count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
 
 
 @dataclass(frozen=True)
-class Completeness:
+class Completeness(DrawnImages):
     """Whether contributions add up to the logit: see `completeness`."""
 
-    count: int | None = None
-    explained: Explained = "predicted"
-    seed: int = 42
-
     name = "completeness"
-    needs_method = True
-
-    def __post_init__(self) -> None:
-        check_explained(self.explained)
-
-    def units(self, model: nn.Module, dataset: Any, ranking: Sequence[Row]) -> Sequence[int]:
-        """Images that are drawn at random."""
-        return drawn(dataset, self.count, self.seed)
 
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """Logit, constant, sum and what is left of some images."""
@@ -324,5 +291,5 @@ def completeness(
     Raises:
         ValueError: If an argument is out of its range, or the method does not fit the network.
     """
-    metric = Completeness(count, explained, seed)
+    metric = Completeness(count=count, explained=explained, seed=seed)
     return run_metric(metric, model, dataset, method, batch_size=batch_size, progress=progress)
