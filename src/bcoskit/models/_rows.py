@@ -164,11 +164,15 @@ def _v2_rows() -> Iterator[ModelRow]:
         yield _in1k(architecture, "standard_v2", None, transform=normalized)
 
 
+def _tags(norm: str, max_out: int) -> list[str]:
+    """Of a norm and of MaxOut, as names spell them."""
+    return ([] if norm == "none" else norm.split("-")) + (["nomaxout"] if max_out == 1 else [])
+
+
 def _v2_cifar_rows() -> Iterator[ModelRow]:
     """Of the same paper, on CIFAR-10: all norms, with MaxOut of 2 filters and without."""
     for depth, norm, max_out in product(DEPTHS, NORMS, (2, 1)):
-        tags = ([] if norm == "none" else norm.split("-")) + (["nomaxout"] if max_out == 1 else [])
-        name = "_".join((f"resnet{depth}.bcos_v2", *tags, "cifar10"))
+        name = "_".join((f"resnet{depth}.bcos_v2", *_tags(norm, max_out), "cifar10"))
         arguments = {"depth": depth, "norm": norm, "max_out": max_out}
         yield ModelRow(name, ("cifar", "bcos_cifar_resnet"), arguments, _CIFAR, "cifar10", "bce")
 
@@ -212,7 +216,7 @@ def _v1_rows() -> Iterator[ModelRow]:
         scale = 10 ** (-2 + 1.5 * (2.5 - b))
         constant = math.log(0.1 / 0.9)
         nine = LayerSet(b, max_out=2, scale=scale, norm="none", temperature=temperature, logit_bias=constant)
-        name = f"cnn9.bcos_v1_b{b:g}_cifar10".replace(".", "_").replace("_", ".", 1)
+        name = f"cnn9.bcos_v1_{_exponent(b)}_cifar10"
         checkpoint = _checkpoint(name)
         yield ModelRow(name, ("cnn9", "Cnn9"), {"layers": nine}, _CIFAR, "cifar10", "bce", checkpoint=checkpoint)
 
@@ -250,6 +254,11 @@ def _bcosification_rows() -> Iterator[ModelRow]:
         )
 
 
+def _exponent(b: float) -> str:
+    """As names spell it: b1, b1_25."""
+    return f"b{b:g}".replace(".", "_")
+
+
 def _own_rows() -> Iterator[ModelRow]:
     """Trained by this package, on CIFAR-10."""
     normalized = ImageTransform(32, encoding="normalized", mean=_CIFAR10_MEAN, std=_CIFAR10_STD)
@@ -272,6 +281,22 @@ def _own_rows() -> Iterator[ModelRow]:
         imagenet = ImageTransform(32, encoding="normalized")
         name = f"resnet{depth}.he_cifar10"
         yield ModelRow(name, ("cifar", "cifar_resnet"), arguments, imagenet, "cifar10", "cross_entropy")
+    # The nine layers of the first paper, a quarter as wide and with norms: trained in minutes, for ablations.
+    layers: dict[str, LayerSet | None] = {"standard": None}
+    layers |= {f"bcos_{_exponent(b)}": LayerSet(b, activations=True) for b in _V1_CIFAR_TEMPERATURES}
+    layers |= {
+        "_".join(("bcos", *_tags(norm, max_out))): LayerSet(norm=norm, max_out=max_out)
+        for norm, max_out in product(("none", "bnu", "bnu-linear", "lnu-linear", "pnu-linear"), (2, 1))
+    }
+    for tag, chosen in layers.items():
+        yield ModelRow(
+            f"cnn9_narrow.{tag}_cifar10",
+            ("cnn9", "Cnn9"),
+            {"layers": chosen, "width": 16},
+            normalized if chosen is None else _CIFAR,
+            "cifar10",
+            "cross_entropy" if chosen is None else "bce",
+        )
 
 
 ROWS = {

@@ -1,0 +1,289 @@
+"""Trainings on CIFAR-10 that the papers' claims are compared with: values of B, norms and MaxOut, parity.
+
+    python benchmarks/sweep.py --data FOLDER [--only PATTERN] [--report]
+
+Every run is one of `bcoskit train`, in `runs/sweep`, followed by a 3×3 pointing game of 500 grids; those that are
+finished are passed over, and one that was cut off goes on; several calls at once share the work. Writes
+`docs/results/b_sweep.*`, `ablation.*` and `parity.*`: JSON, tables and figures of the runs that are finished.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from rich.console import Console
+from rich.progress import track
+
+import bcoskit
+from bcoskit.data import open_dataset
+from bcoskit.evaluation import grid_pointing_game
+from bcoskit.training import train
+
+RUNS = Path("runs", "sweep")
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+COMMAND = "python benchmarks/sweep.py --data FOLDER"
+GRIDS = 500
+EXPONENTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
+# Accuracy on CIFAR-10 in the first paper (Böhle et al., CVPR 2022, table 1): 100 epochs, wide layers, MaxOut, no norms.
+PAPER = {1.0: 93.53, 1.25: 93.81, 1.5: 93.69, 1.75: 93.69, 2.0: 93.19, 2.25: 92.60, 2.5: 92.37}
+NORMS = {
+    "none": "",
+    "bnu": "bnu_",
+    "bnu-linear": "bnu_linear_",
+    "lnu-linear": "lnu_linear_",
+    "pnu-linear": "pnu_linear_",
+}
+STANDARD = "cnn9_narrow.standard_cifar10"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        table: The table in which it stands.
+        model: Name of the network.
+        epochs: How many.
+        row: What tells it from the others of its table.
+        seed: Of weights, order and augmentation.
+    """
+
+    table: str
+    model: str
+    epochs: int
+    row: dict[str, Any]
+    seed: int = 42
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return RUNS / f"{self.table} {self.model} seed {self.seed}"
+
+
+def exponent(b: float) -> str:
+    """As in the names of networks."""
+    return f"b{b:g}".replace(".", "_")
+
+
+def runs() -> list[Run]:
+    """All runs in the order in which they are made."""
+    # The ends first: a sweep that is cut off shows the most then.
+    sweep = [
+        Run("b_sweep", STANDARD, 10, {"network": "ordinary", "b": None}),
+        *(
+            Run("b_sweep", f"cnn9_narrow.bcos_{exponent(b)}_cifar10", 10, {"network": "B-cos", "b": b})
+            for b in sorted(EXPONENTS, key=lambda b: -abs(b - 1.75))
+        ),
+    ]
+    ablation = [
+        Run(
+            "ablation",
+            f"cnn9_narrow.bcos_{tag}{'' if max_out == 2 else 'nomaxout_'}cifar10",
+            5,
+            {"norm": norm, "max_out": max_out},
+        )
+        for max_out in (1, 2)
+        for norm, tag in NORMS.items()
+    ]
+    parity = [
+        Run("parity", name, 30, {"network": title}, seed)
+        for seed in (42, 420)
+        for title, name in (
+            ("ordinary ResNet-20", "resnet20.standard_cifar10"),
+            ("B-cos ResNet-20", "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10"),
+        )
+    ]
+    return [*sweep, *ablation, *parity]
+
+
+def pointing(run: Run, data: Path) -> dict[str, Any]:
+    """The pointing game of a trained network; by Input x Gradient as well if it is an ordinary one."""
+    model = bcoskit.create_model(run.folder / "model.safetensors")
+    dataset: Any = open_dataset(data, "test", model.transform)
+    found: dict[str, Any] = {}
+    for method in ("bcos", "input_x_gradient"):
+        try:
+            result = grid_pointing_game(model, dataset, method, grid=3, count=GRIDS)
+        except ValueError as error:  # a network that is confident of too few images
+            found[method] = {"error": str(error)}
+            continue
+        found[method] = {"median": result.median, "quartiles": list(result.quartiles)}
+    return found
+
+
+def make(run: Run, data: Path) -> None:
+    """Train and measure, if that is not done."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(run.folder / "lock", timeout=0):
+            if not (run.folder / "model.safetensors").exists():
+                Console(stderr=True).print(f"{run.folder.name}")
+                train(data, out=run.folder, model=run.model, epochs=run.epochs, seed=run.seed, resume=True)
+            if not (run.folder / "pointing.json").exists():
+                found = pointing(run, data)
+                (run.folder / "pointing.json").write_text(json.dumps(found, indent=1) + "\n")
+    except filelock.Timeout:
+        return
+
+
+def curve(run: Run) -> list[float]:
+    """Accuracy on the test images after each epoch."""
+    rows: dict[int, float] = {}
+    for file in sorted((run.folder / "csv").glob("version_*/metrics.csv")):
+        with file.open() as lines:
+            rows |= {int(row["epoch"]): float(row["test_accuracy"]) for row in csv.DictReader(lines)
+                     if row["test_accuracy"]}  # fmt: skip
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def rows_of(table: str) -> list[dict[str, Any]]:
+    """Of the runs that are finished."""
+    rows = []
+    for run in runs():
+        file = run.folder / "pointing.json"
+        if run.table != table or not file.exists():
+            continue
+        found = json.loads(file.read_text())
+        ordinary = ".standard" in run.model
+        method = found["input_x_gradient" if ordinary else "bcos"]
+        accuracy = curve(run)
+        rows.append(
+            {
+                **run.row,
+                "model": run.model,
+                "epochs": run.epochs,
+                "seed": run.seed,
+                "accuracy": round(100 * accuracy[-1], 2),
+                "pointing_method": "input_x_gradient" if ordinary else "bcos",
+                "pointing_median": method.get("median"),
+                "pointing_quartiles": method.get("quartiles"),
+                "pointing_input_x_gradient": found["input_x_gradient"].get("median"),
+                "curve": [round(100 * value, 2) for value in accuracy],
+            }
+        )
+    return rows
+
+
+def written(table: str, title: str, text: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """The JSON and the page of a table."""
+    about = {
+        "command": COMMAND,
+        "grids": GRIDS,
+        "data": "CIFAR-10 (JPEG q75), 50,000 training and 8,000 test images",
+        "versions": {name: importlib.metadata.version(name) for name in ("bcoskit", "torch", "timm", "lightning")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{table}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    lines = [
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(_shown(row.get(key)) for key in columns.values())} |" for row in rows),
+    ]
+    figure = ["", f"![{title}]({table}.png)"] if (RESULTS / f"{table}.png").exists() else []
+    page = [f"# {title}", "", text, "", f"    {COMMAND}", "", *lines, *figure]
+    (RESULTS / f"{table}.md").write_text("\n".join(page) + "\n")
+    Console(width=140).print("\n".join((title, *lines)), markup=False)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) and value < 1 else str(value)
+
+
+def draw_sweep(rows: list[dict[str, Any]]) -> None:
+    """Accuracy and pointing game over B, beside the paper's accuracies."""
+    import matplotlib.pyplot as plt
+
+    bcos = [row for row in rows if row["b"] is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    best, best_of_paper = max(row["accuracy"] for row in bcos), max(PAPER.values())
+    b = [row["b"] for row in bcos]
+    left.plot(b, [row["accuracy"] - best for row in bcos], "o-", label=f"here, best {best:.1f} %")
+    left.plot(PAPER, [value - best_of_paper for value in PAPER.values()], "s--", label=f"paper, best {best_of_paper} %")
+    for row in rows:
+        if row["b"] is None:
+            left.axhline(row["accuracy"] - best, color="gray", linestyle=":", label="ordinary network, here")
+            right.axhline(row["pointing_median"], color="gray", linestyle=":", label="ordinary, Input x Gradient")
+    left.set(xlabel="B", ylabel="accuracy, points below the best")
+    right.plot(b, [row["pointing_median"] for row in bcos], "o-", label="W(x)·x")
+    right.plot(b, [row["pointing_input_x_gradient"] for row in bcos], "s--", label="Input x Gradient, same network")
+    right.axhline(1 / 9, color="black", linewidth=0.8, label="chance")
+    right.set(xlabel="B", ylabel="pointing game, median", ylim=(0, 1))
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    figure.savefig(RESULTS / "b_sweep.png", dpi=110)
+
+
+def report() -> None:
+    """The pages of what is finished."""
+    sweep = sorted(rows_of("b_sweep"), key=lambda row: row["b"] or 0.0)
+    for row in sweep:
+        row["paper_accuracy"] = PAPER.get(row["b"])
+    if sum(row["b"] is not None for row in sweep) > 1:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        draw_sweep(sweep)
+        written(
+            "b_sweep",
+            "Accuracy and localisation over B",
+            "The nine layers of the first paper (Böhle et al., CVPR 2022), a quarter as wide, with uncentred batch "
+            "norm and ReLU in the place of MaxOut, ten epochs each with the same seed; the paper trains 100 epochs at "
+            "full width, with MaxOut and without norms. The pointing game is that of `W(x)·x`; of the ordinary "
+            "network it is that of Input x Gradient. Chance is 0.111.",
+            {
+                "network": "network",
+                "B": "b",
+                "accuracy, %": "accuracy",
+                "paper's accuracy, %": "paper_accuracy",
+                "pointing game": "pointing_median",
+                "Input x Gradient, same network": "pointing_input_x_gradient",
+            },
+            sweep,
+        )
+    if ablation := rows_of("ablation"):
+        written(
+            "ablation",
+            "Norms and MaxOut",
+            "The same nine layers at B = 2 without ReLU, five epochs each. A u stands for uncentred, bn, ln and pn for "
+            "batch, layer and position norm, linear for a scale without bias.",
+            {"norm": "norm", "MaxOut": "max_out", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
+            ablation,
+        )
+    if parity := rows_of("parity"):
+        written(
+            "parity",
+            "B-cos and ordinary ResNet-20",
+            "Thirty epochs each, two seeds: uncentred batch norm without bias, no MaxOut, binary cross-entropy, "
+            "against the ordinary network with cross-entropy.",
+            {"network": "network", "seed": "seed", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
+            parity,
+        )
+
+
+def main() -> None:
+    """Make the runs, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", default="*", help="pattern of `TABLE MODEL seed SEED`")
+    parser.add_argument("--report", action="store_true", help="of what there is, without new runs")
+    options = parser.parse_args()
+    if not options.report:
+        if options.data is None:
+            parser.error("give --data, the folder of CIFAR-10")
+        chosen = [run for run in runs() if fnmatchcase(run.folder.name, options.only)]
+        for run in track(chosen, "Runs", console=Console(stderr=True)):
+            make(run, options.data)
+    report()
+
+
+if __name__ == "__main__":
+    main()
