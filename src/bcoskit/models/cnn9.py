@@ -53,7 +53,9 @@ class Cnn9(Network):
         return self.forward_head(self.forward_features(x))
 
     def authors_renames(self) -> Sequence[Rename]:
-        """From our paths to the authors'."""
+        """From our paths to the authors', who have no norms here."""
+        if len(self.layers) != len(_CHANNELS_AND_STRIDES):
+            return ()
         return ((r"^layers\.", ""), (r"^head\.conv", str(len(_CHANNELS_AND_STRIDES))))
 
 
