@@ -38,6 +38,7 @@ LEVELS = [
     {"_command_audit", "_command_evaluate", "_command_models", "_command_report"},
     {"_command_explain"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}
 

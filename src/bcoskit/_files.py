@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 _KEY = "bcoskit"
+UNFINISHED = ".*.partial"  # a pattern of what `unfinished_file` names
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

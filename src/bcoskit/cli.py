@@ -79,6 +79,9 @@ def _training() -> Any:
         raise ImportError(f"training needs {error.name}: pip install 'bcoskit[train]'") from error
 
 
+# Of this process among those of a run, by torchrun, Lightning or SLURM.
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+
 COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
     "train": Command("Train a network on images, or fine-tune a converted one.", _train, configurable=True),
@@ -156,6 +159,8 @@ def _run(arguments: list[str]) -> int:
         result = function(**values)
     if isinstance(result, int):
         return result
+    if any(os.environ.get(name, "0") != "0" for name in _RANKS):  # one of several processes is to tell
+        return 0
     sys.stdout.writelines(f"{name}: {value:.4f}\n" for name, value in result.items())
     return 0
 

@@ -19,7 +19,7 @@ from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model, model_row
 from bcoskit.training import Augmentation, Loss, Optimization, _engine, train
-from bcoskit.training._engine import EpochShuffle
+from bcoskit.training._loading import shuffled
 from bcoskit.training._module import Classifier, seeded
 from training_runs import COLORS, break_off, same_weights, write_images
 
@@ -87,6 +87,7 @@ class TestFiles:
             "optimization": asdict(Optimization()),
             "loss": asdict(Loss()),
             "augmentation": asdict(Augmentation()),
+            "precision": "32",
             "seed": 42,
             "classes": ["green", "red"],
             "data": settings["data"],
@@ -143,7 +144,7 @@ class TestFigures:
         torch.manual_seed(3)
         model = create_model(BCOS, num_classes=2).train().double()
         images = folder(data / "train", model.transform.view)
-        order = list(EpochShuffle(16, 3))
+        order = shuffled(16, 3, 0)
         pixels = torch.stack([_pixels(images[index][0]) for index in order])
         augmented = random_crop_flip(pixels, generator=seeded(3, 0, 0))
         logits = model(model.transform.encode_pixels(augmented).double())
@@ -222,14 +223,10 @@ class TestReproducibility:
         assert same_weights(tmp_path / "run", finished[0])
 
     def test_order(self):
-        sampler = EpochShuffle(100, 7)
-        orders = []
-        for epoch in (0, 1, 0):
-            sampler.set_epoch(epoch)
-            orders.append(list(sampler))
+        orders = [shuffled(100, 7, epoch) for epoch in (0, 1, 0)]
         assert orders[0] == orders[2] != orders[1]
-        assert sorted(orders[1]) == list(range(100)) == list(range(len(sampler)))
-        assert list(EpochShuffle(100, 8)) != orders[0]
+        assert sorted(orders[1]) == list(range(100))
+        assert shuffled(100, 8, 0) != orders[0]
 
     def test_random_numbers_are_the_same_on_every_machine(self):
         # The first 63 bits of the Mersenne Twister that Python seeds with the text "(42, 0)".

@@ -7,6 +7,8 @@ from bcoskit.data._images import ImageError, ImageSource, read_image
 from bcoskit.data._labelled import ImageDataset
 from bcoskit.data._memory import InMemoryImages, in_memory, random_crop_flip
 from bcoskit.data._parquet import ParquetImages
+from bcoskit.data._streamed import StreamedImages
+from bcoskit.data._tar import TarImages
 from bcoskit.data._transforms import ImageTransform
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "ImageTransform",
     "InMemoryImages",
     "ParquetImages",
+    "StreamedImages",
+    "TarImages",
     "cifar10",
     "decode",
     "encode",

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
+from bcoskit.data._elsewhere import hugging_face_images, torchvision_images
 from bcoskit.data._files import find_images
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform
 from bcoskit.data._parquet import SPLIT_NAMES, SPLITS, ParquetImages, split_shards
+from bcoskit.data._tar import TarImages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,17 +86,22 @@ def open_dataset(
     path: str | os.PathLike[str],
     split: Literal["train", "test"] = "train",
     transform: Transform | None = None,
+    *,
+    download: bool = False,
 ) -> ImageDataset:
     """Opens one split of the labelled images that lie at `path`, whatever their layout.
 
     In this order: parquet shards named after the split (`train-*.parquet`, in `path` or in a folder in it, or
-    `train/*.parquet`; `path` may also be such a shard), the original CIFAR-10 (`cifar-10-batches-py`), class
-    folders in a folder named after the split. The test split may also be called `val` or `validation`.
+    `train/*.parquet`; `path` may also be such a shard), tar files in the layout of WebDataset, likewise, the original
+    CIFAR-10 (`cifar-10-batches-py`), what `datasets` has saved to disk, class folders in a folder named after the
+    split. The test split may also be called `val` or `validation`.
 
     Args:
-        path: Folder of the dataset, or a single shard.
+        path: Folder of the dataset, or a single shard; `torchvision:NAME` for a dataset of torchvision, `hf:NAME` for
+            one of the Hugging Face hub, or for a folder that `datasets` is to read, whose images then stay on disk.
         split: `"train"` or `"test"`.
         transform: Applied to the upright RGB image; without it the items hold the image itself.
+        download: Whether to download a dataset of torchvision if it is not there.
 
     Raises:
         ImageError: If nothing of that kind is found, or what is found cannot be read.
@@ -102,19 +109,29 @@ def open_dataset(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` (={split!r}) must be one of {', '.join(map(repr, SPLITS))}")
+    library, colon, name = os.fspath(path).partition(":")
+    if colon and library == "torchvision":
+        return torchvision_images(name, split, transform, download=download)
+    if colon and library == "hf":
+        return hugging_face_images(name, split, transform)
     root = Path(path)
     if not root.exists():
         raise ImageError(f"{root}: no such file or folder")
     shards = split_shards(root, split)
     if shards:
         return ParquetImages(shards, transform)
+    shards = split_shards(root, split, ".tar")
+    if shards:
+        return TarImages(shards, transform)
+    if (root / "dataset_dict.json").exists():
+        return hugging_face_images(str(root), split, transform)
     if (root / "cifar-10-batches-py").is_dir():
         return cifar10(root, train=split == "train", transform=transform)
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return folder(root / name, transform)
     raise ImageError(
-        f"{root}: holds no {split} images (expected {split}-*.parquet, cifar-10-batches-py, "
+        f"{root}: holds no {split} images (expected {split}-*.parquet, {split}-*.tar, cifar-10-batches-py, "
         f"or a folder {' or '.join(SPLITS[split])} with one folder of images per class)"
     )
 

@@ -12,35 +12,39 @@ from bcoskit.data._images import ImageError, ImageSource, read_image
 
 Transform = Callable[[Image.Image], Any]
 
+_MOST_UNNAMED_CLASSES = 1_000_000
+
 
 class _Sources(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> ImageSource: ...
 
 
-class ImageDataset(Dataset[tuple[Any, int]]):
+class ImageDataset(Dataset[tuple[Any, Any]]):
     """Labelled images that are decoded when asked for: item `i` is `(transform(image), label)`.
+
+    A label is a class index, or, where an image may be of several classes or of none, a row of zeros and ones.
 
     Args:
         images: Anything indexable whose items `read_image` reads.
-        labels: One class index per image.
+        labels: One class index per image, or zeros and ones `(N, len(classes))`.
         classes: Class names, in the order of the class indices.
         transform: Applied to the upright RGB image; without it the items hold the image itself.
 
     Attributes:
-        labels: Class indices, int64 `(N,)`.
+        labels: Class indices, int64 `(N,)`, or float32 `(N, len(classes))`.
         classes: Class names.
         transform: As given.
 
     Raises:
         ImageError: If there are no images, not as many labels, or labels outside [0, len(classes)).
-        TypeError: If `labels` are not integers, or `classes` no names.
+        TypeError: If class indices are not integers, or `classes` no names.
     """
 
     def __init__(
         self,
         images: _Sources,
-        labels: Sequence[int] | Tensor,
+        labels: Sequence[int] | Sequence[Sequence[int]] | Tensor,
         classes: Sequence[str],
         transform: Transform | None = None,
     ) -> None:
@@ -48,13 +52,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             raise ImageError("the dataset holds no images")
         if len(images) != len(labels):
             raise ImageError(f"the dataset holds {len(images)} images, but {len(labels)} labels")
-        self.labels = torch.as_tensor(labels)
-        if self.labels.is_floating_point():
-            raise TypeError(f"`labels` must be integers, got {self.labels.dtype}")
-        self.labels = self.labels.to(torch.int64)
-        low, high = (int(bound) for bound in self.labels.aminmax())
-        if low < 0 or high >= len(classes):
-            raise ImageError(f"labels from {low} to {high} do not fit {len(classes)} classes")
+        self.labels = _checked(torch.as_tensor(labels), len(classes))
         if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
         self.classes = tuple(classes)
@@ -64,7 +62,12 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may be of several classes, or of none."""
+        return self.labels.ndim == 2
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         try:
@@ -72,4 +75,61 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             item = image if self.transform is None else self.transform(image)
         except ImageError as error:
             raise ImageError(f"image {index}: {error}") from error
-        return item, int(self.labels[index])
+        return item, self.labels[index] if self.multi_label else int(self.labels[index])
+
+
+def _checked(labels: Tensor, num_classes: int) -> Tensor:
+    if labels.ndim == 2:
+        if labels.shape[1] != num_classes:
+            raise ImageError(f"labels of shape {tuple(labels.shape)} do not fit {num_classes} classes")
+        if not bool(((labels == 0) | (labels == 1)).all()):
+            raise ImageError("labels of several classes must be zeros and ones")
+        return labels.to(torch.float32)
+    if labels.is_floating_point():
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}")
+    labels = labels.to(torch.int64)
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ImageError(f"labels from {low} to {high} do not fit {num_classes} classes")
+    return labels
+
+
+def index_labels(
+    values: Sequence[Any], names: Sequence[str] | None
+) -> tuple[Sequence[int] | Sequence[Sequence[int]], Sequence[str]]:
+    """Labels as they are stored, to those of `ImageDataset`, and the classes.
+
+    Args:
+        values: Integers, or strings, which become the classes in sorted order, or lists of these.
+        names: Names of integer classes, if they are known.
+
+    Raises:
+        ImageError: If the labels disagree on the type, or can hardly be class indices.
+    """
+    several = bool(values) and isinstance(values[0], (list, tuple))
+    if several and not all(isinstance(value, (list, tuple)) for value in values):
+        raise ImageError("the labels disagree on the type: some are lists, and others are not")
+    flat = [label for value in values for label in value] if several else values
+    types = {type(value) for value in flat}
+    if len(types) > 1:
+        raise ImageError(f"the labels disagree on the type: {', '.join(sorted(each.__name__ for each in types))}")
+    if str in types:
+        classes: Sequence[str] = sorted(set(flat))
+        positions: dict[Any, int] = {name: position for position, name in enumerate(classes)}
+        values = values if several else [positions[value] for value in values]
+    else:
+        largest = max(flat, default=0)
+        if names is None and largest >= _MOST_UNNAMED_CLASSES:
+            raise ImageError(f"labels up to {largest} without class names can hardly be class indices")
+        classes = [str(label) for label in range(largest + 1)] if names is None else names
+        positions = {label: label for label in range(len(classes))}
+    if not several:
+        return values, classes
+    outside = [label for label in flat if label not in positions]
+    if outside:
+        raise ImageError(f"label {outside[0]!r} does not fit {len(classes)} classes")
+    rows = [[0] * len(classes) for _ in values]
+    for row, value in zip(rows, values, strict=True):
+        for label in value:
+            row[positions[label]] = 1
+    return rows, classes

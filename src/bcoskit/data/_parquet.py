@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bcoskit.data._files import expand
 from bcoskit.data._images import ImageError
-from bcoskit.data._labelled import ImageDataset, Transform
+from bcoskit.data._labelled import ImageDataset, Transform, index_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,16 +19,16 @@ SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
-_NUMBERED = re.compile(r"-\d+-of-(\d+)\.parquet$")
-_MOST_UNNAMED_CLASSES = 1_000_000
+_NUMBERED = re.compile(r"-\d+-of-(\d+)\.(parquet|tar)$")
 
 
 class ParquetImages(ImageDataset):
     """Labelled images in parquet shards, in the layout of Hugging Face datasets; memory holds them encoded.
 
-    The image column holds encoded images, as binary values or as structs with a binary field `bytes`. The
-    label column holds integers, or strings that become the classes in sorted order. The names of integer
-    classes are read from the `huggingface` metadata of the schema; without it they are "0", "1" and so on.
+    The image column holds encoded images, as binary values or as structs with a binary field `bytes`. The label
+    column holds integers, or strings that become the classes in sorted order, or lists of these, where images may be
+    of several classes. The names of integer classes are read from the `huggingface` metadata of the schema; without
+    it they are "0", "1" and so on.
 
     Args:
         paths: A shard, folder or pattern, or several, read in this order. The shards that a folder or pattern
@@ -58,7 +58,7 @@ class ParquetImages(ImageDataset):
         images, labels, names = zip(*shards, strict=True)
         if len(set(names)) > 1:
             raise ImageError("the parquet files disagree on the class names: read them one by one")
-        indices, classes = _index_labels([label for shard in labels for label in shard], names[0])
+        indices, classes = index_labels([label for shard in labels for label in shard], names[0])
         super().__init__(_BinaryColumn(images), indices, classes, transform)
 
 
@@ -83,10 +83,10 @@ def _split_of(shard: Path) -> str:
     return prefix if prefix in SPLIT_NAMES else shard.parent.name
 
 
-def split_shards(root: Path, split: str) -> list[Path]:
-    """The parquet shards of one of `SPLITS` in a folder or in a folder in it, or `root` if it is one."""
-    inside = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
-    found = [root] if root.suffix == ".parquet" else sorted(inside)
+def split_shards(root: Path, split: str, suffix: str = ".parquet") -> list[Path]:
+    """The shards of one of `SPLITS` in a folder or in a folder in it, or `root` if it is one."""
+    inside = [*root.glob(f"*{suffix}"), *root.glob(f"*/*{suffix}")]
+    found = [root] if root.suffix == suffix else sorted(inside)
     visible = [shard for shard in found if not any(part[0] == "." for part in shard.relative_to(root).parts)]
     for name in SPLITS[split]:
         shards = [shard for shard in visible if _split_of(shard) == name]
@@ -103,10 +103,10 @@ def _shard_files(path: str | os.PathLike[str]) -> list[Path]:
 def _complete(shards: list[Path], given: str | os.PathLike[str]) -> list[Path]:
     """Refuses shards of several folders or splits and an incomplete set, all of which would read well."""
     if len({shard.parent for shard in shards}) > 1:
-        raise ImageError(f"{given}: its parquet files lie in several folders: choose one")
+        raise ImageError(f"{given}: its shards lie in several folders: choose one")
     splits = {_split_of(shard) for shard in shards}
     if len(splits) > 1 and splits & SPLIT_NAMES:
-        raise ImageError(f"{given}: its parquet files belong to several splits {sorted(splits)}: choose one")
+        raise ImageError(f"{given}: its shards belong to several splits {sorted(splits)}: choose one")
     for shard in shards:
         numbered = _NUMBERED.search(shard.name)
         if numbered is not None and int(numbered[1]) != len(shards):
@@ -138,7 +138,9 @@ def _read_shard(
     if not _holds_images(images.type):
         raise ImageError(f"{path}: column {image_name!r} holds {images.type}, not encoded images")
     if not _holds_labels(labels.type):
-        raise ImageError(f"{path}: column {label_name!r} holds {labels.type}, neither integers nor strings")
+        raise ImageError(
+            f"{path}: column {label_name!r} holds {labels.type}, neither integers nor strings, nor lists of them"
+        )
     if pa.types.is_struct(images.type):
         images = table.flatten()[f"{image_name}.bytes"]
     for name, column in ((image_name, images), (label_name, labels)):
@@ -177,6 +179,8 @@ def _holds_labels(column_type: "pa.DataType") -> bool:
 
     if pa.types.is_dictionary(column_type):
         return _holds_labels(column_type.value_type)
+    if pa.types.is_list(column_type) or pa.types.is_large_list(column_type):
+        return _holds_labels(column_type.value_type) and not pa.types.is_list(column_type.value_type)
     return any(fits(column_type) for fits in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
 
 
@@ -185,7 +189,8 @@ def _class_names(schema: "pa.Schema", column: str, path: Path) -> tuple[str, ...
     if metadata is None:
         return None
     try:
-        names = json.loads(metadata)["info"]["features"][column].get("names")
+        feature = json.loads(metadata)["info"]["features"][column]
+        names = feature.get("feature", feature).get("names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ImageError(f"{path}: its `huggingface` metadata does not describe column {column!r}") from error
     if names is None:
@@ -193,19 +198,3 @@ def _class_names(schema: "pa.Schema", column: str, path: Path) -> tuple[str, ...
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ImageError(f"{path}: its `huggingface` metadata names the classes {names!r:.200}, no list of names")
     return tuple(names)
-
-
-def _index_labels(values: list[Any], names: tuple[str, ...] | None) -> tuple[list[int], Sequence[str]]:
-    types = {type(value) for value in values}
-    if len(types) > 1:
-        raise ImageError("the parquet files disagree on the type of the labels: read them one by one")
-    if str in types:
-        classes = sorted(set(values))
-        positions = {name: position for position, name in enumerate(classes)}
-        return [positions[value] for value in values], classes
-    if names is not None:
-        return values, names
-    largest = max(values, default=0)
-    if largest >= _MOST_UNNAMED_CLASSES:
-        raise ImageError(f"labels up to {largest} without class names can hardly be class indices")
-    return values, [str(label) for label in range(largest + 1)]

@@ -9,8 +9,10 @@ statistic is a running one, a network stays free of constants, so that contribut
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from bcoskit import _passes
 from bcoskit.dynamic import NotLinearError, current_mode, freeze
@@ -53,6 +55,14 @@ class _Norm(nn.Module):
         """The arguments that differ between norms of one class."""
         scale, bias = self.weight is not None, self.bias is not None
         return f"{self.num_channels}, centered={self.centered}, scale={scale}, bias={bias}, eps={self.eps:g}"
+
+
+def _over_processes(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """Variance, mean and count of the values of all processes, with gradients to each."""
+    total = all_reduce(torch.tensor(float(count), device=mean.device, dtype=torch.float64))
+    share = (count / total).to(mean.dtype)
+    common = all_reduce(mean * share)
+    return all_reduce((var + (mean - common).square()) * share), common, int(total)
 
 
 def _shaped(values: Tensor | None, *shape: int) -> Tensor | None:
@@ -171,8 +181,15 @@ class PositionNorm(_Norm):
         return normalize(x, (1,), center=self.centered, weight=weight, bias=bias, eps=self.eps)
 
 
-class _RunningNorm(_Norm):
-    """A norm with a statistic over the batch, and a running one for evaluation."""
+class RunningNorm(_Norm):
+    """A norm with a statistic over the batch, and a running one for evaluation.
+
+    Attributes:
+        synchronized: Whether the statistics of a batch are those of all processes together, as those of
+            `torch.nn.SyncBatchNorm` are; off at first.
+    """
+
+    synchronized: bool
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -194,6 +211,7 @@ class _RunningNorm(_Norm):
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"`momentum` (={momentum}) must be in [0, 1], or None for a plain average")
         self.momentum = momentum
+        self.synchronized = False
         self.register_buffer("running_mean", torch.zeros(features) if track_running_stats else None)
         self.register_buffer("running_var", torch.ones(features) if track_running_stats else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
@@ -240,7 +258,11 @@ class _RunningNorm(_Norm):
 
     def _in_one_pass(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether one kernel has the statistics, and one backward pass their gradient."""
-        return not self.centered and self._fits_kernel(x, dims) and _passes.way(x) == "derivatives"
+        alone = not self.centered and not self._is_shared()
+        return alone and self._fits_kernel(x, dims) and _passes.way(x) == "derivatives"
+
+    def _is_shared(self) -> bool:
+        return self.synchronized and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _fits_kernel(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether torch's batch norm has these statistics, in the precision of `x`."""
@@ -260,6 +282,8 @@ class _RunningNorm(_Norm):
             mean, var = _passes.batch_statistics(x)
         else:
             var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
+            if self._is_shared():
+                var, mean, count = _over_processes(var, mean, count)
         if self.training and self.running_var is not None:
             self._track(mean.detach(), var.detach(), count)
         return mean, var
@@ -276,7 +300,7 @@ class _RunningNorm(_Norm):
         self.running_var.lerp_(var.flatten().to(self.running_var.dtype), momentum)
 
 
-class BatchNorm(_RunningNorm):
+class BatchNorm(RunningNorm):
     """One statistic per channel, over samples and positions; in evaluation a running one.
 
     Keys: `weight`, `bias`, `running_mean`, `running_var` (num_channels,) and `num_batches_tracked`. Centred, it is
@@ -323,7 +347,7 @@ class BatchNorm(_RunningNorm):
         return self._forward(x, (0, *range(2, x.ndim)))
 
 
-class AllNorm(_RunningNorm):
+class AllNorm(RunningNorm):
     """One statistic for everything, samples, channels and positions; in evaluation a running one.
 
     Arguments as of `BatchNorm`; every key has shape (1,).

@@ -13,11 +13,14 @@ from torchvision.transforms import v2
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.models import Network, create_model, model_row, save_model
-from bcoskit.training._engine import can_compile, fit
+from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
+from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
-from bcoskit.training._run import Conversion, as_network, conversion, given, loaded
+from bcoskit.training._options import Hardware, Loading
+from bcoskit.training._run import Conversion, as_network, conversion, given
 
+_HARDWARE = Hardware()
 _EVERY = 10  # of images without splits, every tenth is held out to measure on
 
 
@@ -175,6 +178,8 @@ def align(
     learning_rate: float = 1e-3,
     train_size: int | None = None,
     measure_every: int = 1,
+    max_unreadable: int = 0,
+    hardware: Hardware = _HARDWARE,
     seed: int = 42,
     compile_step: bool = True,
     resume: bool = False,
@@ -202,6 +207,8 @@ def align(
         learning_rate: Of Adam at the start; a cosine takes it to 0.
         train_size: Side of the augmented images; by default that of the network. Smaller ones are quicker.
         measure_every: Epochs from one measurement to the next.
+        max_unreadable: As of `Loading`.
+        hardware: Devices, processes, precision.
         seed: Of order and augmentation. A run that was broken off and resumed sees what it would have seen.
         compile_step: Compile both networks, where a compiler is at hand.
         resume: Go on from the last checkpoint in `out`, if there is one.
@@ -237,6 +244,8 @@ def align(
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
+    if hardware.recompute or hardware.strategy == "fsdp":
+        raise ValueError(f"`hardware` (={hardware}): `recompute` and 'fsdp' are for `train` alone")
     for name, value in {"train_size": train_size, "measure_every": measure_every}.items():
         if value < 1:
             raise ValueError(f"`{name}` (={value}) must be above 0")
@@ -248,7 +257,8 @@ def align(
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
-    train_images, test_images, has_labels = _splits(data, row.transform, original.num_classes)
+    unreadable = Unreadable(max_unreadable, out)
+    train_images, test_images, has_labels = _splits(data, row.transform, original.num_classes, unreadable)
     settings["data"] = data_digest(train_images)
     check_unchanged(settings, before, out)
     if len(train_images) < batch_size:
@@ -259,13 +269,14 @@ def align(
         stages_of(student, original),
         size=train_size,
         has_labels=has_labels,
-        compile_step=compile_step and can_compile(),
+        compile_step=compile_step and not hardware.recompute and can_compile(),
         learning_rate=learning_rate,
         seed=seed,
         gradual=moving,
         gradual_part=gradual,
     )
-    write_settings(out, settings)
+    if is_first_process():
+        write_settings(out, settings)
     figures = fit(
         learner,
         train_images,
@@ -274,9 +285,12 @@ def align(
         out=out,
         epochs=epochs,
         resumed=bool(before),
+        unreadable=unreadable,
+        machinery=Machinery(hardware, Loading("memory", max_unreadable=max_unreadable), None),
         measure_every=measure_every,
     )
-    save_model(student, out / MODEL, classes=original.classes, training={**settings, **figures})
+    if is_first_process():
+        save_model(student, out / MODEL, classes=original.classes, training={**settings, **figures})
     return figures
 
 
@@ -286,7 +300,9 @@ def stages_of(student: Network, teacher: Network) -> dict[str, str]:
     return {path: path for path in teacher.stage_names if path in known}
 
 
-def _splits(data: Path, transform: ImageTransform, num_classes: int) -> tuple[InMemoryImages, InMemoryImages, bool]:
+def _splits(
+    data: Path, transform: ImageTransform, num_classes: int, unreadable: Unreadable
+) -> tuple[InMemoryImages, InMemoryImages, bool]:
     """Images to learn from and to measure on, larger than the network's, and whether the labels are its classes."""
     shorter = transform.resize or transform.size
     view = replace(transform, size=shorter, resize=shorter).view
@@ -301,4 +317,5 @@ def _splits(data: Path, transform: ImageTransform, num_classes: int) -> tuple[In
         has_labels = False
     else:
         has_labels = len(splits[1].classes) == num_classes
-    return loaded(splits[0], "Reading images"), loaded(splits[1], "Reading test images"), has_labels
+    train_images = loaded(splits[0], "Reading images", unreadable)
+    return train_images, loaded(splits[1], "Reading test images", unreadable), has_labels

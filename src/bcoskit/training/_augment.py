@@ -1,6 +1,7 @@
 """Augmentation of batches of pixels that a seed determines."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +13,39 @@ from bcoskit.data import random_crop_flip
 from bcoskit.training._options import Augmentation
 
 
-def augment(images: Tensor, options: Augmentation, generator: torch.Generator) -> Tensor:
-    """New pixels (N, 3, H, W) of the same size, each image by itself.
+def augment(
+    images: Tensor, options: Augmentation, generator: torch.Generator, part: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """New pixels (N, 3, H, W), each image by itself; of the same size, unless the options have another one.
 
     Args:
         images: uint8 (N, 3, H, W).
         options: What is done.
         generator: The source of all that is random.
+        part: Index and number of parts: the batch is one of so many equal parts of a whole, and is changed as it would
+            be within it.
     """
     if options.crop == "padded":
-        images = random_crop_flip(images, max(images.shape[-1] // 8, 1), generator=generator)
+        images = random_crop_flip(images, max(images.shape[-1] // 8, 1), generator=generator, part=part)
         if not options.flip:
             raise ValueError("`flip` (=False) needs another `crop` than 'padded', which flips")
-    transform = _per_image(options, (images.shape[-2], images.shape[-1]))
+    size = (images.shape[-2], images.shape[-1]) if options.size is None else (options.size, options.size)
+    transform = _per_image(options, size)
     if transform is None:
         return images
+    count = len(images)
+    seeds = torch.randint(2**62, (count * part[1],), generator=generator)[count * part[0] :].tolist()
+    changed: list[Tensor] = []
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        return torch.stack([transform(image) for image in images])
+        for image, seed in zip(images, seeds, strict=False):
+            torch.manual_seed(seed)
+            changed.append(transform(image))
+    return torch.stack(changed)
+
+
+def after_cropping(options: Augmentation) -> Augmentation:
+    """What is left for a batch of images that are random crops already."""
+    return replace(options, crop="none", size=None) if options.crop == "resized" else options
 
 
 def _per_image(options: Augmentation, size: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:

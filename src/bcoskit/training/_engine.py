@@ -1,59 +1,58 @@
 """Lightning, as this package uses it."""
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.data import DataLoader, Sampler, default_convert
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from bcoskit.data import InMemoryImages
+from bcoskit._files import unfinished_file
 from bcoskit.training._folder import CHECKPOINT
-from bcoskit.training._module import Learner, seeded
-from bcoskit.training._options import Optimization
+from bcoskit.training._loading import Batches, Images, Unreadable, batches
+from bcoskit.training._module import Learner
+from bcoskit.training._options import Hardware, Loading, Optimization
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation of the indices that seed and epoch determine, so that a resumed run sees the same order.
+@dataclass(frozen=True)
+class Machinery:
+    """What a run is computed with, and where it is logged.
 
-    Args:
-        length: Number of indices.
-        seed: Of the permutations.
+    Attributes:
+        hardware: Devices, strategy, precision.
+        loading: How images are read.
+        wandb: Project of Weights & Biases, None for none.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.length, generator=seeded(self.seed, self.epoch)).tolist())
+    hardware: Hardware
+    loading: Loading
+    wandb: str | None
 
 
 def fit(
     learner: Learner,
-    train_images: InMemoryImages,
-    test_images: InMemoryImages,
+    train_images: Images,
+    test_images: Images,
     *,
     batch_size: int,
     out: Path,
     epochs: int,
     resumed: bool,
+    unreadable: Unreadable,
+    machinery: Machinery,
     measure_every: int = 1,
     callbacks: Sequence[lightning.Callback] = (),
 ) -> dict[str, float]:
@@ -63,28 +62,49 @@ def fit(
         learner: What is trained.
         train_images: Of one epoch.
         test_images: What is measured on.
-        batch_size: Images per step; the rest of an epoch that fills no batch is left out.
+        batch_size: Images per step of all processes together; the rest of an epoch that fills no batch is left out.
         out: Folder of the run.
         epochs: How many.
         resumed: Whether it goes on from the checkpoint in `out`.
+        unreadable: Where images that cannot be read are counted.
+        machinery: What it is computed with.
         measure_every: Epochs from one measurement to the next; after the last one there always is one.
         callbacks: Of Lightning, beside its own.
 
     Returns:
         What was measured after the last epoch, by names that begin with `test_`.
+
+    Raises:
+        ValueError: If the batch cannot be shared out to the processes, or there are no such devices.
     """
-    order = EpochShuffle(len(train_images), learner.seed)
-    train_batches = DataLoader(train_images, batch_size, sampler=order, drop_last=True, collate_fn=default_convert)
-    test_batches = DataLoader(test_images, 4 * batch_size, collate_fn=default_convert)
+    hardware, loading = machinery.hardware, machinery.loading
+    steps = len(train_images) // batch_size
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
-        trainer = _trainer(out, epochs, len(train_batches), measure_every, learner.optimization, callbacks)
-        checkpoint = out / CHECKPOINT if resumed else None
-        trainer.fit(learner, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
-        measured = trainer.callback_metrics
-        # Of a run that had reached its last epoch before, or has not measured after it.
-        if not measured or epochs % measure_every:
-            measured = trainer.validate(learner, test_batches, verbose=False)[0]
+        trainer = _trainer(out, epochs, steps, measure_every, learner.optimization, callbacks, machinery)
+        part = (trainer.global_rank, trainer.world_size)
+        if batch_size % part[1]:
+            raise ValueError(f"`batch_size` (={batch_size}) must be a multiple of the number of processes, {part[1]}")
+        train_order = Batches(train_images, batch_size, learner.seed, part)
+        test_order = Batches(test_images, 4 * batch_size, None, part)
+        train_batches = batches(train_images, train_order, loading.workers, part[1])
+        test_batches = batches(test_images, test_order, loading.workers, part[1])
+        learner.prepare(part, unreadable.add, hardware)
+        try:
+            checkpoint = out / CHECKPOINT if resumed else None
+            trainer.fit(learner, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
+            measured = trainer.callback_metrics
+            # Of a run that had reached its last epoch before, or has not measured after it.
+            if not measured or epochs % measure_every:
+                measured = trainer.validate(learner, test_batches, verbose=False)[0]
+            learner.collect()
+        finally:
+            learner.release()
     return {name: float(value) for name, value in measured.items() if name.startswith("test_")}
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what a run writes once."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def can_compile() -> bool:
@@ -105,27 +125,79 @@ def _trainer(
     measure_every: int,
     optimization: Optimization,
     callbacks: Sequence[lightning.Callback],
+    machinery: Machinery,
 ) -> lightning.Trainer:
     averages: list[Any] = []
     if optimization.ema is not None:
         averages.append(EMAWeightAveraging(decay=optimization.ema, update_every_n_steps=optimization.ema_every))
-    return lightning.Trainer(
-        devices=1,
-        max_epochs=epochs,
-        accumulate_grad_batches=optimization.accumulate,
-        logger=[CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard", "")],
-        callbacks=[
-            ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
-            LearningRateMonitor("epoch"),
-            *averages,
-            *callbacks,
-        ],
-        inference_mode=False,  # in which nothing can be explained
-        log_every_n_steps=min(50, steps),
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=measure_every,
-        enable_model_summary=False,
-    )
+    loggers: list[Logger] = [CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard", "")]
+    if machinery.wandb is not None:
+        loggers.append(_wandb(machinery.wandb, out))
+    hardware = machinery.hardware
+    strategy: Any = hardware.strategy
+    precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[hardware.precision]
+    if strategy == "fsdp":
+        devices = torch.accelerator.device_count() if hardware.devices == -1 else hardware.devices
+        strategy = ModelParallelStrategy(devices * hardware.nodes, 1, save_distributed_checkpoint=False)
+    try:
+        return lightning.Trainer(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.nodes,
+            strategy=strategy,
+            precision=precision,
+            use_distributed_sampler=False,
+            max_epochs=epochs,
+            accumulate_grad_batches=optimization.accumulate,
+            logger=loggers,
+            plugins=[WholeFiles()],
+            callbacks=[
+                ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
+                LearningRateMonitor("epoch"),
+                *averages,
+                *callbacks,
+            ],
+            inference_mode=False,  # in which nothing can be explained
+            log_every_n_steps=min(50, steps),
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=measure_every,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, RuntimeError, ImportError) as error:
+        raise ValueError(f"`hardware` (={hardware}) is not to be had: {' '.join(str(error).split())}") from error
+
+
+def _wandb(project: str, out: Path) -> Logger:
+    try:
+        return WandbLogger(project=project, save_dir=out, name=out.name, resume="allow")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("`wandb` needs a package of that name: pip install wandb") from error
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints that appear complete or not at all, whatever happens while they are written."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any | None = None) -> None:
+        """To a file beside it, to the disk, and then in its place.
+
+        Raises:
+            OSError: If it cannot be written; what was there before stays.
+        """
+        path = Path(path)
+        unfinished = unfinished_file(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            kept = "; the one before it stays, `resume` goes on from there" if path.exists() else ""
+            raise OSError(f"{path}: the checkpoint cannot be written ({reason}){kept}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -137,6 +209,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed")
+        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")  # weights are not shared out
         # Lightning 2.6 with torch 2.14
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")
         for logger in loggers:

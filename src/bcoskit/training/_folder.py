@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bcoskit.data import InMemoryImages
+from bcoskit._files import UNFINISHED, unfinished_file
+from bcoskit.data import InMemoryImages, StreamedImages
 
 _SAMPLED = 64  # images that tell datasets apart
 CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
@@ -49,11 +50,11 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
     return before
 
 
-def data_digest(images: InMemoryImages) -> str:
+def data_digest(images: InMemoryImages | StreamedImages) -> str:
     """Of all labels and of some images: tells whether a run goes on with the data that it began with."""
     digest = hashlib.sha256(images.labels.cpu().numpy().tobytes())
     places = torch.linspace(0, len(images) - 1, min(len(images), _SAMPLED)).round().long()
-    digest.update(images.images[places].cpu().contiguous().numpy().tobytes())
+    digest.update(images.__getitems__(places.tolist())[0].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -71,4 +72,11 @@ def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path)
 def write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a run that begins or goes on."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    for leftover in out.rglob(UNFINISHED):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    unfinished = unfinished_file(out / SETTINGS)
+    try:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+        unfinished.replace(out / SETTINGS)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ def classification_loss(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     """
     if loss.kind == "model":
         raise ValueError("`loss.kind` (='model') must be 'bce' or 'cross_entropy' where no model is known")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # losses in half precision are too coarse
     targets = soft_targets(labels, logits.shape[1], loss).to(logits.dtype)
     if loss.kind == "cross_entropy":
         return F.cross_entropy(logits, targets)

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -10,13 +11,18 @@ import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torchmetrics.classification import MulticlassAccuracy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy, MultilabelAveragePrecision
 
 from bcoskit.convert import GradualConversion
 from bcoskit.data import ImageTransform
+from bcoskit.models import Network
+from bcoskit.nn._norm import RunningNorm
 from bcoskit.training._augment import augment, mixed
 from bcoskit.training._losses import classification_loss
-from bcoskit.training._options import Augmentation, Loss, Optimization
+from bcoskit.training._options import Augmentation, Hardware, Loss, Optimization
+from bcoskit.training._recompute import keep_stages, recompute_stages
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -47,7 +53,7 @@ class Learner(lightning.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         *,
         learning_rate: float,
         seed: int,
@@ -64,6 +70,58 @@ class Learner(lightning.LightningModule):
         self._latest: tuple[Any, int] = ((), 0)
         self._before_the_first: dict[str, Tensor] | None = None
         self._all_steps: int | None = None
+        self._part = (0, 1)
+        self._unreadable: Callable[[str], object] | None = None
+
+    def prepare(self, part: tuple[int, int], unreadable: Callable[[str], object], hardware: Hardware) -> None:
+        """Before a run begins or goes on.
+
+        Args:
+            part: Index and number of the processes.
+            unreadable: Called with a line for each image that cannot be read.
+            hardware: What it is computed with.
+        """
+        self._part, self._unreadable = part, unreadable
+        self._synchronize(part[1] > 1)
+        if hardware.recompute:
+            recompute_stages(self.model)
+
+    def release(self) -> None:
+        """After a run: the network as it was before `prepare`, but for its weights."""
+        self._synchronize(False)
+        keep_stages(self.model)
+
+    def _synchronize(self, wanted: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, RunningNorm):
+                module.synchronized = wanted
+
+    def configure_model(self) -> None:
+        """Share out the weights, if that is wanted."""
+        if self.device_mesh is None or any(isinstance(each, DTensor) for each in self.model.parameters()):
+            return
+        self.model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
+        mesh = self.device_mesh["data_parallel"]
+        modules = dict(self.model.named_modules())
+        for path in self.model.stage_names:
+            fully_shard(modules[path], mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def collect(self) -> None:
+        """Bring weights that are shared out together in each process."""
+        for module in self.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):
+                    module.register_parameter(name, nn.Parameter(parameter.full_tensor()))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch, of which images that could not be read are told."""
+        if len(batch) == 3 and isinstance(batch[2], list):
+            *batch, lines = batch
+            for line in lines:
+                assert self._unreadable is not None
+                self._unreadable(line)
+        return batch
 
     def batch_loss(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of one augmented batch, by the compiled network if there is one."""
@@ -180,18 +238,20 @@ class Classifier(Learner):
         loss: What is minimised; what is measured on test images is its kind alone, with targets 0 and 1.
         augmentation: Of training images.
         compile_step: Whether the network is compiled for training.
+        multi_label: Whether labels are zeros and ones (N, num_classes).
         arguments: Of `Learner`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         transform: ImageTransform,
         num_classes: int,
         *,
         loss: Loss,
         augmentation: Augmentation,
         compile_step: bool,
+        multi_label: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(model, **arguments)
@@ -201,7 +261,12 @@ class Classifier(Learner):
         self.augmentation = augmentation
         # In a list, so that the network is not registered, and saved, a second time.
         self._for_training = [torch.compile(model) if compile_step else model]
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.precision: MultilabelAveragePrecision | None = None
+        if multi_label:
+            self.accuracy: Any = MultilabelAccuracy(num_classes, average="micro")
+            self.precision = MultilabelAveragePrecision(num_classes)
+        else:
+            self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def uncompile(self) -> None:
         """Go on with the network as it is."""
@@ -219,8 +284,9 @@ class Classifier(Learner):
         if repeats > 1:
             count = len(images) // repeats
             images, labels = images[:count].repeat_interleave(repeats, 0), labels[:count].repeat_interleave(repeats, 0)
-        x = encoded(augment(images, self.augmentation, seeded(*key)), self.transform)
-        x, targets = mixed(x, labels, self.num_classes, self.augmentation, seed_of(*key))
+        x = encoded(augment(images, self.augmentation, seeded(*key), self._part), self.transform)
+        pairs = key if self._part[1] == 1 else (*key, self._part[0])
+        x, targets = mixed(x, labels, self.num_classes, self.augmentation, seed_of(*pairs))
         outputs = self._for_training[0](x)
         # Beside its logits an Inception network returns those of its auxiliary classifier.
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -235,10 +301,14 @@ class Classifier(Learner):
         """
         images, labels = batch
         logits = self.model(encoded(images, self.transform))
-        self.accuracy(logits, labels)
+        classes = labels.long()
+        self.accuracy(logits, classes)
         loss = self.checked(classification_loss(logits, labels, Loss(self.loss.kind)))
-        self.log("test_loss", loss, batch_size=len(labels))
+        self.log("test_loss", loss, batch_size=len(labels), sync_dist=True)
         self.log("test_accuracy", self.accuracy, prog_bar=True, on_step=False, on_epoch=True)
+        if self.precision is not None:
+            self.precision(logits, classes)
+            self.log("test_mean_average_precision", self.precision, on_step=False, on_epoch=True)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.checked(classification_loss(logits, labels, self.loss))

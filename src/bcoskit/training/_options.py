@@ -1,4 +1,4 @@
-"""How a network is trained, as plain values: optimiser, schedule, clipping, averages, loss, augmentation."""
+"""How a network is trained, as plain values: optimiser, schedule, loss, augmentation, data, hardware."""
 
 import math
 from dataclasses import dataclass
@@ -144,6 +144,7 @@ class Augmentation:
         crop: "padded" (shifted by up to an eighth of the side, zeros around), "resized" (a part of the image, brought
             to its size) or "none".
         smallest: Smallest share of the image in a resized crop.
+        size: Side in pixels of resized crops, that of the network if None.
         flip: Whether images are mirrored.
         policy: "none", "randaugment" (two operations of `magnitude`: Cubuk et al., NeurIPS 2020) or "trivialaugment"
             (one of any strength: Müller and Hutter, ICCV 2021).
@@ -161,6 +162,7 @@ class Augmentation:
 
     crop: Literal["padded", "resized", "none"] = "padded"
     smallest: float = 0.08
+    size: int | None = None
     flip: bool = True
     policy: Literal["none", "randaugment", "trivialaugment"] = "none"
     magnitude: int = 9
@@ -176,9 +178,85 @@ class Augmentation:
         if self.policy not in ("none", "randaugment", "trivialaugment"):
             raise ValueError(f"`policy` (={self.policy!r}) must be 'none', 'randaugment' or 'trivialaugment'")
         _check("smallest", self.smallest, 1e-3, 1)
+        if self.size is not None:
+            _check("size", self.size, 8)
+            if self.crop != "resized":
+                raise ValueError(f"`size` (={self.size}) needs `crop` 'resized', not {self.crop!r}")
         _check("magnitude", self.magnitude, 0, 30)
         for name in ("jitter", "erasing"):
             _check(name, getattr(self, name), 0, 1)
         for name in ("mixup", "cutmix"):
             _check(name, getattr(self, name), 0)
         _check("repeats", self.repeats, 1)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where the images of a run are, and what happens to those that cannot be read.
+
+    Attributes:
+        images: Where they are: in "memory", decoded once in the size that the network sees; on "disk", decoded by the
+            batch, of which resized crops are then parts of the whole image; or "auto", in memory if all images of a
+            split take at most 4 GiB.
+        workers: Processes that decode images from disk; by default as many as there are cores for each process that
+            trains, at most 8. With 0 the process that trains does it.
+        max_unreadable: How many images may be left out since they cannot be read; each is named in `unreadable.txt`
+            in the folder of the run. One more stops it.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    images: Literal["auto", "memory", "disk"] = "auto"
+    workers: int | None = None
+    max_unreadable: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images not in ("auto", "memory", "disk"):
+            raise ValueError(f"`images` (={self.images!r}) must be 'auto', 'memory' or 'disk'")
+        if self.workers is not None:
+            _check("workers", self.workers, 0)
+        _check("max_unreadable", self.max_unreadable, 0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """On what a run is computed; Lightning and `torchrun` do it.
+
+    A batch is shared out to all processes. Uncentred and other batch norms of this package take the statistics of the
+    whole batch then, so that a run gives the same network on any number of processes, to rounding; only mixup and
+    cutmix mix other pairs.
+
+    Attributes:
+        accelerator: "auto", "cpu", "gpu", "mps" or "tpu".
+        devices: Devices of one machine, -1 for all; a process each.
+        nodes: Machines. Each starts the same command, by `torchrun`, SLURM, or with the variables of Lightning.
+        strategy: "auto", "ddp" (a copy of the network in each process) or "fsdp" (weights, gradients and moments
+            shared out).
+        precision: "32", or mixed with "bf16" or "16": then convolutions and products are in half precision, while
+            norms, cosines, losses, weights and moments stay in single precision.
+        recompute: Whether the stages of the network are computed once more in the backward pass, instead of being
+            kept in memory. Gradients are the same, running statistics count each batch once.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps", "tpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    precision: Literal["32", "bf16", "16"] = "32"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in {
+            "accelerator": ("auto", "cpu", "gpu", "mps", "tpu"),
+            "strategy": ("auto", "ddp", "fsdp"),
+            "precision": ("32", "bf16", "16"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
+        if self.devices != -1:
+            _check("devices", self.devices, 1)
+        _check("nodes", self.nodes, 1)

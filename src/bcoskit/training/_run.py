@@ -5,26 +5,27 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
-from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, cifar10, in_memory, open_dataset
+from bcoskit.data import InMemoryImages
 from bcoskit.models import Network, create_model, model_row, save_model
-from bcoskit.training._engine import can_compile, fit
+from bcoskit.training._augment import after_cropping
+from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
+from bcoskit.training._loading import Unreadable, open_images
 from bcoskit.training._module import Classifier
-from bcoskit.training._options import Augmentation, Loss, Optimization
+from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization
 from bcoskit.training._watch import Watch
 
 _OPTIMIZATION, _LOSS, _AUGMENTATION = Optimization(), Loss(), Augmentation()
+_LOADING, _HARDWARE = Loading(), Hardware()
 
 Conversion: TypeAlias = Literal["bcosification", "v2", "v1", "none"]
 
 
 def train(
-    data: Path | None = None,
+    data: str | Path | None = None,
     *,
     out: Path,
     model: str = "resnet20.bcos_cifar10",
@@ -40,11 +41,14 @@ def train(
     optimization: Optimization = _OPTIMIZATION,
     loss: Loss = _LOSS,
     augmentation: Augmentation = _AUGMENTATION,
+    loading: Loading = _LOADING,
+    hardware: Hardware = _HARDWARE,
     watch_every: int = 0,
     seed: int = 42,
     compile_step: bool = True,
     resume: bool = False,
     download: bool = False,
+    wandb: str | None = None,
 ) -> dict[str, float]:
     """Train a network on images, as the second B-cos paper does on CIFAR-10, or fine-tune one that is converted.
 
@@ -55,8 +59,11 @@ def train(
     `model.safetensors`, which `create_model` and `bcoskit explain --model` open.
 
     Args:
-        data: Folder with training and test images: parquet shards, the original CIFAR-10 files, or class folders in
-            `train` and `test`. None is the folder in which torch keeps downloads.
+        data: Folder with training and test images: parquet shards, tar files in the layout of WebDataset, the original
+            CIFAR-10 files, or class folders in `train` and `test`; `torchvision:NAME` or `hf:NAME` for datasets that
+            these libraries know. None is CIFAR-10 in the folder in which torch keeps downloads. Where images may be of
+            several classes, their accuracy is that of all decisions at a probability of ½, and the mean average
+            precision is measured as well.
         out: Folder of the run.
         model: Name of the network; its classes are those of the data. Of no account if `from_` is given.
         from_: Name of an ordinary network that is converted and fine-tuned: `timm/NAME`, or one of this package.
@@ -67,17 +74,20 @@ def train(
         gradual: Part of the training, from 0 to 1, in which exponents and biases of the converted network move from
             those of the ordinary one; with 0 they do at once.
         epochs: Passes over the training images.
-        batch_size: Images per step; the rest of an epoch that fills no batch is left out.
+        batch_size: Images per step, of all processes together; the rest of an epoch that fills no batch is left out.
         learning_rate: At the start, after a warm-up; by default 1e-3, and 1e-4 for fine-tuning.
         optimization: Optimiser, schedule, clipping and averages.
         loss: What is minimised.
         augmentation: Of training images.
+        loading: Where images are, and what happens to those that cannot be read.
+        hardware: Devices, processes, precision. A run may be resumed on others.
         watch_every: Epochs from one look at explanations of test images to the next, 0 for none: figures in the logs
             (pointing game, alignment of `W(x)` with `x`, residual), and pictures in `explanations/`.
         seed: Of weights, order and augmentation. A run that was broken off and resumed sees what it would have seen.
-        compile_step: Compile the network for training, where a compiler is at hand.
+        compile_step: Compile the network for training, where a compiler is at hand and nothing is recomputed.
         resume: Go on from the last checkpoint in `out`, if there is one.
-        download: Download CIFAR-10 to `data` if it is not there.
+        download: Download CIFAR-10 to `data`, or a dataset of torchvision, if it is not there.
+        wandb: Project of Weights & Biases to log to as well; its own environment variables apply.
 
     Returns:
         Loss and accuracy on the test images after the last epoch.
@@ -85,7 +95,9 @@ def train(
     Raises:
         ValueError: If an argument is out of its range, the data do not fit, or `out` holds another run, a damaged
             one, or one that is not to be resumed.
+        ImageError: If more images cannot be read than are allowed.
         ConnectionError: If weights cannot be downloaded.
+        OSError: If a checkpoint cannot be written; the one before it stays.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
     row = model_row(model if from_ is None else from_)
@@ -101,6 +113,7 @@ def train(
         "optimization": asdict(optimization),
         "loss": asdict(loss),
         "augmentation": asdict(augmentation),
+        "precision": hardware.precision,
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
@@ -118,16 +131,35 @@ def train(
         settings |= tuning
     if watch_every < 0:
         raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
+    if hardware.strategy == "fsdp" and optimization.ema is not None:
+        raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
     if gradual and optimization.ema is not None:
         raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
-    train_images, test_images = (_images(data, split, row.transform, download) for split in ("train", "test"))
+    unreadable = Unreadable(loading.max_unreadable, out)
+    train_images, test_images = (
+        open_images(
+            data,
+            split,
+            row.transform,
+            loading=loading,
+            augmentation=augmentation,
+            seed=seed,
+            unreadable=unreadable,
+            download=download,
+        )
+        for split in ("train", "test")
+    )
     classes = train_images.classes
     settings |= {"classes": list(classes), "data": data_digest(train_images)}
     check_unchanged(settings, before, out)
     if test_images.classes != classes:
         raise ValueError(f"`data` (={data}) has other classes for testing than for training")
+    if train_images.multi_label != test_images.multi_label:
+        raise ValueError(f"`data` (={data}) has images of several classes in one split only")
+    if train_images.multi_label:
+        _check_multi_label(augmentation, replace(loss, kind=row.loss) if loss.kind == "model" else loss, watch_every)
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
 
@@ -145,16 +177,18 @@ def train(
         network.train(),
         network.transform,
         len(classes),
+        multi_label=train_images.multi_label,
         loss=replace(loss, kind=network.loss) if loss.kind == "model" else loss,
-        augmentation=augmentation,
+        augmentation=augmentation if isinstance(train_images, InMemoryImages) else after_cropping(augmentation),
         optimization=optimization,
-        compile_step=compile_step and can_compile(),
+        compile_step=compile_step and not hardware.recompute and can_compile(),
         learning_rate=learning_rate,
         seed=seed,
         gradual=moving,
         gradual_part=gradual,
     )
-    write_settings(out, settings)
+    if is_first_process():
+        write_settings(out, settings)
     watches = [Watch(test_images, network.transform, out / "explanations", watch_every)] if watch_every else []
     figures = fit(
         learner,
@@ -164,11 +198,26 @@ def train(
         out=out,
         epochs=epochs,
         resumed=bool(before),
+        unreadable=unreadable,
+        machinery=Machinery(hardware, loading, wandb),
         callbacks=watches,
     )
-    training = {**settings, **figures}
-    save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
+    if is_first_process():
+        training = {**settings, **figures}
+        save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
     return figures
+
+
+def _check_multi_label(augmentation: Augmentation, loss: Loss, watch_every: int) -> None:
+    """What images of several classes allow."""
+    if loss.kind != "bce":
+        raise ValueError(f"`loss.kind` (={loss.kind!r}) is for images of one class, these have several: take 'bce'")
+    for name in ("mixup", "cutmix"):
+        if getattr(augmentation, name):
+            value = getattr(augmentation, name)
+            raise ValueError(f"`augmentation.{name}` (={value}) is for images of one class, these have several")
+    if watch_every:
+        raise ValueError(f"`watch_every` (={watch_every}) is for images of one class, these have several")
 
 
 def given(weights: str) -> bool | str:
@@ -196,21 +245,3 @@ def as_network(network: nn.Module, name: str | None) -> Network:
     if not isinstance(network, Network):
         raise ValueError(f"{name!r} cannot be trained after its conversion: no layer reads its image")  # noqa: TRY004
     return network
-
-
-def _images(
-    data: Path | None, split: Literal["train", "test"], transform: ImageTransform, download: bool
-) -> InMemoryImages:
-    if data is None or download:
-        dataset = cifar10(data, split == "train", transform.view, download)
-    else:
-        dataset = open_dataset(data, split, transform.view)
-    return loaded(dataset, f"Reading {split} images")
-
-
-def loaded(dataset: ImageDataset, title: str) -> InMemoryImages:
-    """All images in memory; reading them shows a bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(dataset))
-        return in_memory(dataset, lambda done, _: progress.update(task, completed=done))

@@ -11,10 +11,11 @@ from torch import Tensor
 from bcoskit import viz
 from bcoskit._explain import explain
 from bcoskit._files import unfinished_file
-from bcoskit.data import ImageTransform, InMemoryImages
+from bcoskit.data import ImageTransform
 from bcoskit.evaluation import GridPointing, accuracy, choose_grids
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._result import Row
+from bcoskit.training._loading import Images
 
 _PICTURES, _MEASURED, _GRIDS = 8, 256, 16  # images in a sheet, images that are measured on, and grids of them
 
@@ -34,7 +35,7 @@ class Watch(lightning.Callback):
         every: Epochs from one look to the next.
     """
 
-    def __init__(self, images: InMemoryImages, transform: ImageTransform, folder: Path, every: int) -> None:
+    def __init__(self, images: Images, transform: ImageTransform, folder: Path, every: int) -> None:
         self.images, self.transform, self.folder, self.every = images, transform, folder, every
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -44,11 +45,13 @@ class Watch(lightning.Callback):
             return
         model: Any = pl_module.model
         chosen = self._chosen()
-        pixels = self.images.images[chosen]
+        pixels = self.images.__getitems__(chosen.tolist())[0]
         x = self.transform.encode_pixels(pixels).to(pl_module.device)
         labels = self.images.labels[chosen]
         for name, value in self._figures(model, x, labels).items():
             pl_module.log(f"test_{name}", value)
+        if not trainer.is_global_zero:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         few = slice(_PICTURES)
         self._draw(model, x[few], labels[few], pixels[few], self.folder / f"epoch-{epoch:04d}.png")

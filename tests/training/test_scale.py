@@ -1,0 +1,258 @@
+"""Training on several processes, in half precision, with recomputed stages, and after power cuts."""
+
+import copy
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from bcoskit.models import create_model
+from bcoskit.nn import BatchNorm
+from bcoskit.training import Hardware, Loading, Optimization, train
+from training_runs import same_weights, state_of, write_images
+
+PLAIN = {"epochs": 1, "batch_size": 8, "compile_step": False, "hardware": Hardware("cpu")}
+SGD = Optimization("sgd")
+COMMAND = [sys.executable, "-m", "bcoskit", "train"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root, "train", 8)
+    write_images(root, "test", 3)
+    return root
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that are started here: sums over other numbers of threads are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def largest_difference(first, second):
+    first, second = state_of(first), state_of(second)
+    assert first.keys() == second.keys()
+    return max(
+        float(
+            (first[key].double() - second[key].double()).abs().max() / second[key].double().abs().max().clamp_min(1e-9)
+        )
+        for key in first
+    )
+
+
+def start(data, out, *options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*COMMAND, "--data", data, "--out", out, "--batch_size", "8", "--no_compile_step", *options]
+    return subprocess.Popen(
+        list(map(str, arguments)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_two_processes_train_what_one_trains(data, tmp_path):
+    options = ["--epochs", "1", "--optimization.optimizer", "sgd", "--learning_rate", "1e-3"]
+    both = start(data, tmp_path / "two", *options, "--hardware.devices", "2", "--hardware.accelerator", "cpu")
+    train(data, out=tmp_path / "one", optimization=SGD, learning_rate=1e-3, **PLAIN)
+    train(data, out=tmp_path / "half", optimization=SGD, learning_rate=1e-3, **PLAIN | {"batch_size": 4})
+    said, _ = both.communicate()
+    assert both.returncode == 0, said.decode()
+    assert said.decode().count("test_loss: ") == 1
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+    assert largest_difference(tmp_path / "half", tmp_path / "one") > 1e-3
+
+
+NORMS = """
+import sys, torch, torch.distributed as dist
+from bcoskit.nn import BatchNorm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+x, y = torch.randn(6, 3, 4, 4).double() + 1, torch.randn(6, 3, 4, 4).double()
+mine = slice(0, 4) if rank == 0 else slice(4, 6)
+found = []
+for centered, synchronized in ((False, True), (True, True), (False, False)):
+    norm = BatchNorm(3, centered=centered, bias=True).double().train()
+    norm.synchronized = synchronized
+    part = x[mine].clone().requires_grad_()
+    (norm(part) * y[mine]).sum().backward()
+    found.append((part.grad, norm.running_mean, norm.running_var))
+torch.save(found, sys.argv[1] + str(rank))
+"""
+
+
+def test_statistics_of_all_processes(tmp_path):
+    script = tmp_path / "norms.py"
+    script.write_text(NORMS)
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "found")],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"},
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    first, second = (torch.load(f"{tmp_path}/found{rank}", weights_only=True) for rank in (0, 1))
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 4, 4).double() + 1, torch.randn(6, 3, 4, 4).double()
+    for index, (centered, equal) in enumerate(((False, True), (True, True), (False, False))):
+        norm = BatchNorm(3, centered=centered, bias=True).double().train()
+        whole = x.clone().requires_grad_()
+        (norm(whole) * y).sum().backward()
+        expected = (whole.grad, norm.running_mean, norm.running_var)
+        gradient = torch.cat([first[index][0], second[index][0]])
+        found = (gradient, *first[index][1:])
+        same = [torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found, expected, strict=True)]
+        assert same[0] == same[2] == equal
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_half_precision_is_near_single_precision(data, tmp_path, precision):
+    model = create_model("resnet20.bcos_cifar10", weights=True).train()
+    x = torch.rand(2, 3, 16, 16)
+    x = torch.cat([x, 1 - x], 1)
+    exact = copy.deepcopy(model)(x)
+    with torch.autocast("cpu", {"bf16": torch.bfloat16, "16": torch.float16}[precision]):
+        rough = copy.deepcopy(model)(x)
+        # Squares of these are above the largest number of half precision.
+        large = copy.deepcopy(model)(x * 1000)
+    assert rough.dtype != torch.float32
+    assert torch.isfinite(large).all()
+    assert (rough.float() - exact).abs().max() < 0.05 * (exact - exact.mean()).abs().max()
+
+
+def test_recomputed_stages_change_nothing(data, tmp_path):
+    for recompute in (False, True):
+        hardware = Hardware("cpu", recompute=recompute)
+        train(data, out=tmp_path / str(recompute), **PLAIN | {"hardware": hardware})
+    assert largest_difference(tmp_path / "True", tmp_path / "False") < 1e-5
+    assert int(create_model(tmp_path / "True" / "model.safetensors").bn1.num_batches_tracked) == 2
+
+
+def test_recomputed_stages_are_not_kept(data):
+    from bcoskit.training._recompute import keep_stages, recompute_stages
+
+    model = create_model("resnet20.bcos_cifar10").train()
+    keys, x = list(model.state_dict()), torch.rand(4, 6, 32, 32)
+
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: (sizes.append(saved.numel()), saved)[1], lambda s: s
+        ):
+            model(x)
+        return sum(sizes)
+
+    usual = kept()
+    recompute_stages(model)
+    assert list(model.state_dict()) == keys
+    assert kept() < usual / 3
+    keep_stages(model)
+    assert kept() == usual
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_process_that_is_killed(data, tmp_path):
+    train(data, out=tmp_path / "whole", **PLAIN | {"epochs": 4})
+    process = start(data, tmp_path / "killed", "--epochs", "4", "--hardware.accelerator", "cpu")
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    while not checkpoint.exists():
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended by itself: {process.wait(0.02)}")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (tmp_path / "killed" / "checkpoints" / ".0.partial").write_bytes(b"half of a checkpoint")
+    train(data, out=tmp_path / "killed", resume=True, **PLAIN | {"epochs": 4})
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert [file.name for file in checkpoint.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk(data, tmp_path):
+    out = tmp_path / "run"
+    train(data, out=out, **PLAIN | {"epochs": 1})
+    (out / "model.safetensors").unlink()
+    before = (out / "checkpoints" / "last.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.ckpt: the checkpoint cannot be written") as caught:
+            train(data, out=tmp_path / "other", **PLAIN)
+        assert "resume" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "other" / "checkpoints").iterdir())
+    assert (out / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert train(data, out=out, resume=True, **PLAIN | {"epochs": 1})
+
+
+def test_images_on_disk_train_what_images_in_memory_train(data, tmp_path):
+    for where in ("memory", "disk"):
+        train(data, out=tmp_path / where, loading=Loading(where, workers=0), **PLAIN)
+    assert same_weights(tmp_path / "disk", tmp_path / "memory")
+
+
+def test_crops_of_images_on_disk_are_those_of_a_run_that_was_not_cut_off(data, tmp_path, monkeypatch):
+    from bcoskit.training import Augmentation
+    from training_runs import break_off
+
+    options = PLAIN | {
+        "epochs": 2,
+        "loading": Loading("disk", workers=1),
+        "augmentation": Augmentation("resized", size=16),
+    }
+    train(data, out=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        break_off(patch, 1)
+        with pytest.raises(OSError, match="power cut"):
+            train(data, out=tmp_path / "broken", **options)
+    train(data, out=tmp_path / "broken", resume=True, **options)
+    assert same_weights(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_images_that_cannot_be_read(tmp_path, where):
+    write_images(tmp_path / "data", "train", 6)
+    write_images(tmp_path / "data", "test", 3)
+    broken = tmp_path / "data" / "train" / "red" / "3.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png.*max_unreadable"):
+        train(tmp_path / "data", out=tmp_path / "none", loading=Loading(where, workers=0), **PLAIN | {"batch_size": 6})
+    loading = Loading(where, workers=0, max_unreadable=1)
+    train(tmp_path / "data", out=tmp_path / "one", loading=loading, **PLAIN | {"batch_size": 6})
+    (line,) = (tmp_path / "one" / "unreadable.txt").read_text().splitlines()
+    assert str(broken) in line
+    (tmp_path / "data" / "test" / "green" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 more are named in"):
+        train(tmp_path / "data", out=tmp_path / "two", loading=loading, **PLAIN | {"batch_size": 6})
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Hardware, {"devices": 0}, "`devices`"),
+        (Hardware, {"precision": "8"}, "`precision`"),
+        (Hardware, {"strategy": "dp"}, "`strategy`"),
+        (Loading, {"images": "cloud"}, "`images`"),
+        (Loading, {"workers": -1}, "`workers`"),
+        (Loading, {"max_unreadable": -1}, "`max_unreadable`"),
+    ],
+)
+def test_wrong_options(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_devices_that_are_not_there(data, tmp_path):
+    with pytest.raises(ValueError, match=r"`hardware`.*is not to be had"):
+        train(data, out=tmp_path / "run", **PLAIN | {"hardware": Hardware("tpu")})
+    assert not (Path(tmp_path) / "run" / "checkpoints").exists()
