@@ -17,7 +17,6 @@ from bcoskit.data import ImageTransform
 from bcoskit.dynamic import freeze
 from bcoskit.export import _check, _export, export_onnx
 from bcoskit.models import convnext, densenet, resnet, vit
-from bcoskit.nn import BcosConv2d, ClassifierHead
 
 SIZE = 32
 
@@ -43,7 +42,7 @@ def calibrated(network, channels=6):
 
 
 def vgg(_monkeypatch):
-    network = timm.models.vgg.VGG([8, 8, "M", 16, "M"], num_classes=5, num_features=16)
+    network = timm.models.vgg.VGG([8, 8, "M", 16, "M"], num_classes=5, mlp_ratio=0.01)
     return bcoskit.bcosify(network.eval(), bcoskit.BcosConfig.preset("exact")), "bcos"
 
 
@@ -52,18 +51,13 @@ def converted(_monkeypatch):
     return bcoskit.bcosify(calibrated(network, 3), bcoskit.BcosConfig.preset("v1")), "bcos"
 
 
-def ordinary(_monkeypatch):
-    return calibrated(timm.create_model("test_resnet", num_classes=5), 3), "normalized"
-
-
 NETWORKS = {
     "resnet": named(resnet, "resnet18.bcos_v2_in1k", ((1, 1, 1, 1), 1, 64, timm.models.resnet.BasicBlock)),
     "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (1, 1, 1, 1))),
-    "convnext": named(convnext, "convnext_tiny.bcos_v2_in1k", ((1, 1, 1, 1), (8, 16, 24, 32), 0.0)),
+    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 1, 1), (8, 16, 24, 32), 0.0)),
     "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 2, ())),
     "vgg": vgg,
     "converted": converted,
-    "ordinary": ordinary,
 }
 
 
@@ -104,12 +98,14 @@ def test_as_explain(family, tmp_path, monkeypatch):
         assert relative(found["contributions"], other.contributions) > 1e-2
 
 
-def test_grey_images(tmp_path):
-    network, path = small_network(2), tmp_path / "model.onnx"
-    export_onnx(network, path, transform=ImageTransform(12, channels=1))
+def test_grey_images_normalized_and_not_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxruntime")
+    transform, path = ImageTransform(12, channels=1, encoding="normalized", mean=(0.4,), std=(0.2,)), tmp_path / "m.onnx"
+    network = small_network(1)
+    assert export_onnx(network, path, transform=transform).error is None
     images = torch.rand(2, 1, 12, 12)
     found = outputs_of(path, images.numpy(), [1, 2])
-    expected = bcoskit.explain(network.double(), bcoskit.encode(images.double()), [1, 2])
+    expected = bcoskit.explain(network.double(), (images.double() - 0.4) / 0.2, [1, 2])
     assert list(found) == ["logits", "contributions"]
     assert relative(found["contributions"], expected.contributions) < 1e-5
 
@@ -177,9 +173,9 @@ class Tokens(nn.Module):
 REFUSED = [
     (OfBatch, ValueError, r"disagrees .* batch of 1"),
     (OnValues, ValueError, "decides by values of its input in Python"),
-    (Bessel, ValueError, r"no counterpart of the operation aten\.special_bessel_j0"),
+    (Bessel, ValueError, r"no counterpart of the operation prims.bessel_j0"),
     (Tokens, ValueError, r"must have logits \(N, K\)"),
-    (lambda: nn.Sequential(small_network(), nn.Softmax(1)), ValueError, "no gradient path"),
+    (lambda: nn.Sequential(small_network(), nn.Softmax(1)).eval(), ValueError, "no gradient path"),
     (lambda: small_network().train(), ValueError, "evaluation mode"),
     (lambda: lambda x: x, TypeError, "must be a torch.nn.Module"),
 ]
@@ -196,16 +192,6 @@ def test_refused_networks(make, kind, message, tmp_path):
         export_onnx(network.eval() if isinstance(network, Tokens) else network, path, transform=ImageTransform(16))
     assert path.read_text() == "what was there"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_wrong_file_is_not_left(tmp_path, monkeypatch):
-    other = small_network()
-    with torch.no_grad():
-        other[0].weight[0] += 0.05
-    monkeypatch.setattr(_export, "_fused", lambda _network: other)
-    with pytest.raises(ValueError, match="disagrees with `explain`"):
-        export_onnx(small_network(), tmp_path / "model.onnx", transform=ImageTransform(16))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_held_to_single_precision(exported):
@@ -245,10 +231,3 @@ def test_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxscript")
     with pytest.raises(ImportError, match=r'export needs onnxscript: pip install "bcoskit\[export\]"'):
         export_onnx(small_network(), tmp_path / "model.onnx", transform=ImageTransform(16))
-
-
-def test_not_checked_without_onnxruntime(tmp_path, monkeypatch):
-    monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxruntime")
-    network = nn.Sequential(BcosConv2d(6, 4, 4), ClassifierHead(4, 2)).eval()
-    assert export_onnx(network, tmp_path / "model.onnx", transform=ImageTransform(8)).error is None
-    assert (tmp_path / "model.onnx").exists()
