@@ -1,8 +1,8 @@
 """Serve an exported network: POST an image, get its class, probability and contribution map as JSON.
 
-    pip install onnxruntime pillow
-    python serve_onnx.py model.onnx [port]
-    curl --data-binary @cat.jpg http://127.0.0.1:8000/
+pip install onnxruntime pillow
+python serve_onnx.py model.onnx [port]
+curl --data-binary @cat.jpg http://127.0.0.1:8000/
 """
 
 import base64
@@ -18,14 +18,16 @@ from PIL import Image, ImageOps
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000
 
 
-def explained(session, body):
+def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, str | float]:
     """The answer to the bytes of an image."""
     facts = session.get_modelmeta().custom_metadata_map
     transform, classes = json.loads(facts["transform"]), json.loads(facts["classes"])
     image = Image.open(io.BytesIO(body), formats=["JPEG", "PNG", "WEBP"])
     if image.width * image.height > MAX_PIXELS:
         raise ValueError("the image is too large")
-    image = ImageOps.exif_transpose(image).convert("L" if transform["channels"] == 1 else "RGB")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if transform["channels"] == 1 else "RGB")
     size, shorter = transform["size"], transform["resize"] or transform["size"]
     longer = int(shorter * max(image.size) / min(image.size))
     if shorter * longer > MAX_PIXELS:
@@ -55,7 +57,7 @@ def explained(session, body):
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         """Answer with JSON: an explanation, or what is wrong with the image."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BYTES:
@@ -65,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # decoders answer damaged images with nearly every kind of exception
             return self.answer(400, {"error": f"this image cannot be explained ({type(error).__name__})"})
 
-    def answer(self, code, content):
+    def answer(self, code: int, content: dict[str, str | float]) -> None:
         """Send JSON."""
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -73,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(content).encode())
 
 
-def server(path, port=8000):
+def server(path: str, port: int = 8000) -> ThreadingHTTPServer:
     """A server of this machine alone; several requests are answered at once."""
     made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     made.session = onnxruntime.InferenceSession(path)

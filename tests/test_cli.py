@@ -151,9 +151,7 @@ class TestExport:
     def test_missing_packages(self, place, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         assert cli.main(["export", BCOS]) == 2
-        assert capsys.readouterr().err == (
-            'bcoskit: error: export needs onnxscript: pip install "bcoskit[export]"\n'
-        )
+        assert capsys.readouterr().err == ('bcoskit: error: export needs onnxscript: pip install "bcoskit[export]"\n')
         assert not files(place)
 
 

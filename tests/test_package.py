@@ -111,7 +111,9 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "cat.png").exists()
 
 
-@pytest.mark.parametrize(("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("export.md", 2), ("guidance.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("export.md", 2), ("guidance.md", 2)]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
     monkeypatch.chdir(tmp_path)

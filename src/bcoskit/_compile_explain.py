@@ -58,6 +58,7 @@ def compile_explain(
         chosen = _largest if target is None else target
         if not callable(chosen):
             _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
+        assert chosen is not None
         with untouched(x.device), torch.no_grad():
             logits, found, weights = program(x, chosen)
         several = found.ndim == 2

@@ -1,10 +1,10 @@
 """A small exported network, which the tests of this folder share."""
 
 import pytest
-from export_toys import CLASSES, small_network
 
 from bcoskit.data import ImageTransform
 from bcoskit.export import export_onnx
+from export_toys import CLASSES, small_network
 
 
 @pytest.fixture(scope="session")

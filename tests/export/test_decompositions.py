@@ -13,7 +13,10 @@ aten = torch.ops.aten
 
 CONVOLUTIONS = [
     # dims, size, kernel, stride, padding, dilation, groups
-    *((2, size, kernel, stride, padding, 1, 1) for size, kernel, stride, padding in product((9, 10), (1, 2, 3, 7), (1, 2, 3), (0, 1))),
+    *(
+        (2, size, kernel, stride, padding, 1, 1)
+        for size, kernel, stride, padding in product((9, 10), (1, 2, 3, 7), (1, 2, 3), (0, 1))
+    ),
     (2, 12, 4, 4, 0, 1, 1),
     (2, 9, 3, 1, 2, 2, 2),
     (2, 9, 3, 1, 4, 1, 1),
@@ -42,16 +45,17 @@ def test_convolution(case, transposed):
     y = torch.convolution(x, weight, None, *options, *rest)
     gradient = torch.randn_like(y)
     expected = aten.convolution_backward(gradient, x, weight, None, *options, *rest, [True, False, False])[0]
-    found = TABLE[aten.convolution_backward.default](
-        gradient, x, weight, None, *options, *rest, [True, False, False]
-    )
+    found = TABLE[aten.convolution_backward.default](gradient, x, weight, None, *options, *rest, [True, False, False])
     assert found[1:] == (None, None)
     torch.testing.assert_close(found[0], expected)
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("count_include_pad", [False, True])
-@pytest.mark.parametrize(("kernel", "stride", "padding", "divisor"), [([2], [], [0], None), ([3, 2], [2, 1], [1, 0], None), ([3], [2], [1], 5), ([3], [3], [0], None)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "divisor"),
+    [([2], [], [0], None), ([3, 2], [2, 1], [1, 0], None), ([3], [2], [1], 5), ([3], [3], [0], None)],
+)
 def test_average_pool(kernel, stride, padding, divisor, ceil_mode, count_include_pad):
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     arguments = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)

@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from export_toys import CLASSES, small_network
 from torch import nn
 
 import bcoskit
@@ -17,6 +16,7 @@ from bcoskit.data import ImageTransform
 from bcoskit.dynamic import freeze
 from bcoskit.export import _check, _export, export_onnx
 from bcoskit.models import convnext, densenet, resnet, vit
+from export_toys import CLASSES, small_network
 
 SIZE = 32
 
@@ -88,7 +88,9 @@ def test_as_explain(family, tmp_path, monkeypatch):
     for target in ([-1], [3, -1], [0, 4, 2, -1, 1]):
         pixels = torch.randint(256, (len(target), 3, SIZE, SIZE)).to(torch.uint8)
         found = outputs_of(path, pixels.numpy().astype(np.float32) / 255, target)
-        classes = [index if index >= 0 else int(row.argmax()) for index, row in zip(target, found["logits"], strict=True)]
+        classes = [
+            index if index >= 0 else int(row.argmax()) for index, row in zip(target, found["logits"], strict=True)
+        ]
         x = transform.encode_pixels(pixels).double()
         expected = bcoskit.explain(precise, x, classes)
         assert found["contributions"].shape == (len(target), SIZE, SIZE)
@@ -100,7 +102,10 @@ def test_as_explain(family, tmp_path, monkeypatch):
 
 def test_grey_images_normalized_and_not_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxruntime")
-    transform, path = ImageTransform(12, channels=1, encoding="normalized", mean=(0.4,), std=(0.2,)), tmp_path / "m.onnx"
+    transform, path = (
+        ImageTransform(12, channels=1, encoding="normalized", mean=(0.4,), std=(0.2,)),
+        tmp_path / "m.onnx",
+    )
     network = small_network(1)
     assert export_onnx(network, path, transform=transform).error is None
     images = torch.rand(2, 1, 12, 12)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_toys import CLASSES
 from PIL import Image
 
 import bcoskit
+from export_toys import CLASSES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BROWSER = EXAMPLES / "browser"
@@ -70,7 +70,9 @@ def test_server_answers_as_explain(size, kind, exported, port):
     assert status == 200
     assert content["class"] == CLASSES[index]
     assert content["probability"] == pytest.approx(float(expected.logits.softmax(1)[0, index]), rel=1e-4)
-    with Image.open(io.BytesIO(base64.b64decode(content["contributions"].removeprefix("data:image/png;base64,")))) as file:
+    with Image.open(
+        io.BytesIO(base64.b64decode(content["contributions"].removeprefix("data:image/png;base64,")))
+    ) as file:
         shown = np.asarray(file.convert("RGB")).astype(int)
     contributions = expected.contributions[0]
     strong = (contributions.abs() > 0.05 * contributions.abs().max()).numpy()

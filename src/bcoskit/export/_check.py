@@ -64,8 +64,8 @@ def disagreement(
             bound = max(_TOLERANCE, _ROUNDING * _relative(getattr(rounded, name), expected, name))
             if not error <= bound:
                 raise ValueError(
-                    f"the file disagrees with `explain` about the {name} of a batch of {samples}, by {error:.0e} of the "
-                    f"largest entry (at most {bound:.0e} is rounding): does the network depend on the batch size?"
+                    f"the file disagrees with `explain` about the {name} of a batch of {samples}, by {error:.0e} of "
+                    f"the largest entry (at most {bound:.0e} is rounding): does the network depend on the batch size?"
                 )
             largest = max(largest, error)
     return largest

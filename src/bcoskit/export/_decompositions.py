@@ -100,9 +100,7 @@ def _by_convolution(
     return _interleaved(dense, sizes, stride)
 
 
-def _convolution(
-    x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
     """Of stride 1."""
     dims = len(padding)
     return torch.convolution(x, weight, None, [1] * dims, padding, dilation, False, [0] * dims, groups)
@@ -193,9 +191,7 @@ def _max_pool2d_backward(
     return zeros.scatter_add(-1, indices.flatten(-2), gradient.flatten(-2)).view_as(x)
 
 
-def _window_lengths(
-    size: int, outputs: int, kernel: int, stride: int, padding: int, count_padding: bool
-) -> list[int]:
+def _window_lengths(size: int, outputs: int, kernel: int, stride: int, padding: int, count_padding: bool) -> list[int]:
     """How many entries along an axis the mean of each window is over."""
     low, high = (-padding, size + padding) if count_padding else (0, size)
     starts = [stride * index - padding for index in range(outputs)]
@@ -216,7 +212,7 @@ def _vector_norm(
 ) -> Tensor:
     if order != 2 or dtype is not None:
         return NotImplemented
-    return (x * x).sum(list(range(x.ndim)) if dim is None else dim, keepdim).sqrt()
+    return (x * x).sum(list(range(x.ndim) if dim is None else dim), keepdim).sqrt()
 
 
 def _selection_backward(gradient: Tensor, dim: int, indices: Tensor, sizes: Sequence[int], keepdim: bool) -> Tensor:

@@ -95,7 +95,7 @@ def export_onnx(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     network: Any = uncompiled(model)
     transform = getattr(network, "transform", None) if transform is None else transform
-    if not isinstance(transform, ImageTransform):
+    if transform is None:
         raise ValueError("`transform` must be given: `model` does not come of `create_model`")
     unfinished = unfinished_file(path)
     try:
@@ -104,7 +104,9 @@ def export_onnx(
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         network, enter = _on_cpu(network), _entrance(transform)
-        metadata = _metadata(network, transform, classes, card, products, _count_classes(network, enter, transform, products))
+        metadata = _metadata(
+            network, transform, classes, card, products, _count_classes(network, enter, transform, products)
+        )
         _write(network, enter, transform, weights_output, products, metadata, unfinished)
         error = None
         if _is_installed("onnxruntime"):
