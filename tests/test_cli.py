@@ -138,7 +138,7 @@ class TestExport:
             (["resnet18.bcos_v2_in1k", "--weights=missing.safetensors"], "missing.safetensors: no such file"),
             ([BCOS, "--out=model.pt"], "`path` (='model.pt') must end in .onnx"),
             ([BCOS, "--out=nowhere/model.onnx"], "nowhere/model.onnx: No such file or directory"),
-            ([BCOS, "--products=both"], "--products"),
+            ([BCOS, "--products=both"], 'Parser key "products"'),
         ],
     )
     def test_failures(self, arguments, message, place, capsys):
