@@ -9,6 +9,7 @@ import weakref
 from itertools import count, islice
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ import bcoskit
 from bcoskit import Explanation, _command_explain, _command_pictures, cli
 from bcoskit._command_pictures import count_images, with_pictures
 from bcoskit.data import ImageError, ImageTransform
-from bcoskit.models import CIFAR10_CLASSES, create_model, list_models, save_model
+from bcoskit.models import CIFAR10_CLASSES, create_model, list_models, save_model, vit
 
 PHOTOGRAPHS = Path(bcoskit.__file__).parent / "assets" / "photographs"
 SCRIPT = Path(sys.executable).with_name("bcoskit")
@@ -109,6 +110,49 @@ class TestCommands:
         monkeypatch.setattr(sys, "argv", ["bcoskit", "--version"])
         assert cli.main() == 0
         assert capsys.readouterr().out.startswith("bcoskit ")
+
+
+class TestExport:
+    def test_writes_a_file_that_runs(self, place, monkeypatch, capsys):
+        monkeypatch.setitem(vit.ARCHITECTURES, "simple_vit_ti_patch16_224", (8, 1, 1, ()))
+        network = create_model("simple_vit_ti_patch16_224.bcos_v2_in1k", num_classes=3)
+        save_model(network, "vit.safetensors", classes=("cat", "dog", "owl"))
+        assert cli.main(["export", "vit.safetensors", "--out=vit.onnx"]) == 0
+        printed = capsys.readouterr()
+        assert re.fullmatch(r"vit\.onnx: 0\.\d MB, agrees with `explain` to \de-0\d\n", printed.out)
+        session = onnxruntime.InferenceSession("vit.onnx")
+        facts = session.get_modelmeta().custom_metadata_map
+        assert (facts["name"], facts["source"]) == (network.name, "vit.safetensors")
+        assert json.loads(facts["classes"]) == ["cat", "dog", "owl"]
+        x = torch.rand(1, 3, 224, 224)
+        logits, contributions = session.run(None, {"image": x.numpy(), "target": torch.tensor([1]).numpy()})
+        expected = bcoskit.explain(network, bcoskit.encode(x), 1)
+        torch.testing.assert_close(torch.from_numpy(logits), expected.logits)
+        torch.testing.assert_close(torch.from_numpy(contributions), expected.contributions)
+        assert files(place) == ["vit.onnx", "vit.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nothing"], "'nothing' is neither the name of a model"),
+            (["resnet18.bcos_v2_in1k", "--weights=missing.safetensors"], "missing.safetensors: no such file"),
+            ([BCOS, "--out=model.pt"], "`path` (='model.pt') must end in .onnx"),
+            ([BCOS, "--out=nowhere/model.onnx"], "nowhere/model.onnx: No such file or directory"),
+            ([BCOS, "--products=both"], 'Parser key "products"'),
+        ],
+    )
+    def test_failures(self, arguments, message, place, capsys):
+        assert cli.main(["export", *arguments]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+        assert not files(place)
+
+    def test_missing_packages(self, place, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        assert cli.main(["export", BCOS]) == 2
+        assert capsys.readouterr().err == ('bcoskit: error: export needs onnxscript: pip install "bcoskit[export]"\n')
+        assert not files(place)
 
 
 class TestModels:

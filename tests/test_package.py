@@ -19,6 +19,10 @@ ONLY_IN = {
     "captum": {"evaluation"},
     "lightning": {"training"},
     "matplotlib": {"evaluation"},
+    "onnx": {"export"},
+    "onnx_ir": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "skimage": {"evaluation"},
     "sklearn": {"evaluation"},
     "torchmetrics": {"evaluation", "training"},
@@ -35,7 +39,8 @@ LEVELS = [
     {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "evaluation", "gallery", "training", "_command_pictures"},
-    {"_command_audit", "_command_evaluate", "_command_models", "_command_report"},
+    {"export"},
+    {"_command_audit", "_command_evaluate", "_command_export", "_command_models", "_command_report"},
     {"_command_explain"},
     {"cli"},
     {"__main__"},
@@ -107,7 +112,9 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "cat.png").exists()
 
 
-@pytest.mark.parametrize(("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("guidance.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("export.md", 2), ("guidance.md", 2)]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bcoskit.convert import BcosConfig, bcosify, set_b
     from bcoskit.data import ImageTransform, decode, encode, read_image
     from bcoskit.dynamic import NotLinearError, explanation_mode, freeze, rule
+    from bcoskit.export import export_onnx
     from bcoskit.models import create_model, from_pretrained, list_models, push_to_hub, save_model, save_pretrained
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "encode",
     "explain",
     "explanation_mode",
+    "export_onnx",
     "freeze",
     "from_pretrained",
     "functional",
@@ -62,6 +64,7 @@ _HOMES = {
     "encode": "data",
     "explain": "_explain",
     "explanation_mode": "dynamic",
+    "export_onnx": "export",
     "freeze": "dynamic",
     "from_pretrained": "models",
     "fuse": "_fuse",

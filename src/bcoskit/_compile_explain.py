@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit._checks import check_inputs, untouched
@@ -42,7 +41,7 @@ def compile_explain(
         W(x) of the first sample is not that of `explain`, which no compiler should do.
     """
     network = uncompiled(model)
-    program = torch.compile(_program(network, products), backend=backend, dynamic=False)
+    program = torch.compile(explanation_program(network, products), backend=backend, dynamic=False)
     classes_of: dict[tuple[Any, ...], int] = {}
 
     def compiled(x: Tensor, target: Target = None) -> Explanation:
@@ -59,6 +58,7 @@ def compile_explain(
         chosen = _largest if target is None else target
         if not callable(chosen):
             _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
+        assert chosen is not None
         with untouched(x.device), torch.no_grad():
             logits, found, weights = program(x, chosen)
         several = found.ndim == 2
@@ -73,17 +73,29 @@ def compile_explain(
     return compiled
 
 
-def _program(network: Callable[..., Any], products: ProductPolicy) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def explanation_program(
+    network: Callable[..., Any], products: ProductPolicy
+) -> Callable[[Tensor, Tensor | Callable[[Tensor], Tensor]], tuple[Tensor, Tensor, Tensor]]:
+    """An explanation as a function that can be traced: nothing in it looks at a value.
+
+    Args:
+        network: Gives logits (N, K).
+        products: As of `explain`.
+
+    Returns:
+        A function of the input and of classes (N,) or (N, targets), or of what makes them of the logits, which returns
+        logits, classes and W(x).
+    """
+
     def run(x: Tensor, target: Tensor | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         with explanation_mode(products=products):
             outputs: Any = torch.func.vjp(network, x)
             logits, pull = outputs
             chosen = target if isinstance(target, Tensor) else target(logits)
-            masks = F.one_hot(chosen, logits.shape[1]).to(logits.dtype)  # (N, K) or (N, targets, K)
-            if chosen.ndim == 1:
-                return logits, chosen, pull(masks)[0]
-            weights = torch.stack([pull(masks[:, index])[0] for index in range(chosen.shape[1])], 1)
-        return logits, chosen, weights
+            columns = chosen.unsqueeze(1) if chosen.ndim == 1 else chosen
+            masks = [torch.zeros_like(logits).scatter(1, column.unsqueeze(1), 1.0) for column in columns.unbind(1)]
+            rows = [pull(mask)[0] for mask in masks]
+        return logits, chosen, rows[0] if chosen.ndim == 1 else torch.stack(rows, 1)
 
     return run
 

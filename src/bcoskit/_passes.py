@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bcoskit.dynamic import current_mode, is_frozen
 
@@ -49,6 +50,11 @@ def is_eager(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def is_traced() -> bool:
+    """Whether operations are being written down, to be run one by one elsewhere."""
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
 class Parts:

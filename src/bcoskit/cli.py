@@ -58,6 +58,12 @@ def _evaluate() -> Callable[..., int]:
         raise ImportError(f"evaluation needs {error.name}: pip install 'bcoskit[eval]'") from error
 
 
+def _export() -> Callable[..., int]:
+    from bcoskit._command_export import export_model
+
+    return export_model
+
+
 def _models() -> Callable[..., int]:
     from bcoskit._command_models import show_models
 
@@ -88,6 +94,7 @@ COMMANDS = {
     "align": Command("Convert a network; it learns from the original, without labels.", _align, configurable=True),
     "evaluate": Command("Measure accuracy and the quality of explanations.", _evaluate, ("model", "one"), True),
     "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),
+    "export": Command("Write a network with its explanation as an ONNX file.", _export, ("model", "one")),
     "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
 }
 

@@ -345,7 +345,8 @@ def _sums_over_windows(
     way: _passes.Way = None,
 ) -> Tensor:
     """Sums over the windows of a convolution."""
-    if math.prod(kernel) > 1 and way is not None and (energy.shape[1] > 1 or energy.numel() <= _SMALL_MAP):
+    eagerly = way is not None and (energy.shape[1] > 1 or energy.numel() <= _SMALL_MAP)
+    if math.prod(kernel) > 1 and (eagerly or _passes.is_traced()):
         # One operation, where several would cost more than what they compute, or pass over many channels.
         groups = energy.shape[1]
         ones = energy.new_ones((groups, 1, *kernel))

@@ -1,0 +1,86 @@
+"""Serve an exported network: POST an image, get its class, probability and contribution map as JSON.
+
+pip install onnxruntime pillow
+python serve_onnx.py model.onnx [port]
+curl --data-binary @cat.jpg http://127.0.0.1:8000/
+"""
+
+import base64
+import io
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000
+
+
+def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, str | float]:
+    """The answer to the bytes of an image."""
+    facts = session.get_modelmeta().custom_metadata_map
+    transform, classes = json.loads(facts["transform"]), json.loads(facts["classes"])
+    image = Image.open(io.BytesIO(body), formats=["JPEG", "PNG", "WEBP"])
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("the image is too large")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if transform["channels"] == 1 else "RGB")
+    size, shorter = transform["size"], transform["resize"] or transform["size"]
+    longer = int(shorter * max(image.size) / min(image.size))
+    if shorter * longer > MAX_PIXELS:
+        raise ValueError("the image is too elongated")
+    sides = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    image = image.resize(sides, Image.Resampling[transform["interpolation"].upper()])
+    left, top = (round((side - size) / 2) for side in sides)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32).reshape(size, size, -1) / 255
+    logits, contributions = session.run(
+        ["logits", "contributions"], {"image": pixels.transpose(2, 0, 1)[None], "target": np.array([-1])}
+    )
+    index, logit = int(logits[0].argmax()), logits[0].astype(float)
+    total = np.logaddexp(0, logit) if facts["loss"] == "bce" else np.logaddexp.reduce(logit)
+    probabilities = np.exp(logit - total)  # a sigmoid, or a softmax
+    # Red speaks for the class, blue against it, white is neutral.
+    strength = contributions[0] / max(float(np.abs(contributions[0]).max()), 1e-12)
+    red, blue = np.minimum(1, 1 + strength), np.minimum(1, 1 - strength)
+    picture = Image.fromarray((255 * np.stack([red, np.minimum(red, blue), blue], -1)).astype(np.uint8))
+    picture.save(png := io.BytesIO(), format="PNG")
+    return {
+        "class": classes[index],
+        "probability": float(probabilities[index]),
+        "contributions": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    def do_POST(self) -> None:
+        """Answer with JSON: an explanation, or what is wrong with the image."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BYTES:
+            return self.answer(413, {"error": f"send an image of at most {MAX_BYTES} bytes"})
+        try:
+            return self.answer(200, explained(self.server.session, self.rfile.read(int(length))))
+        except Exception as error:  # decoders answer damaged images with nearly every kind of exception
+            return self.answer(400, {"error": f"this image cannot be explained ({type(error).__name__})"})
+
+    def answer(self, code: int, content: dict[str, str | float]) -> None:
+        """Send JSON."""
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+
+def server(path: str, port: int = 8000) -> ThreadingHTTPServer:
+    """A server of this machine alone; several requests are answered at once."""
+    made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    made.session = onnxruntime.InferenceSession(path)
+    return made
+
+
+if __name__ == "__main__":
+    server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()

@@ -1,0 +1,253 @@
+"""`export_onnx`: a network's explanation as one file."""
+
+import copy
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcoskit import __version__
+from bcoskit._checks import untouched
+from bcoskit._explain import explain
+from bcoskit._files import unfinished_file
+from bcoskit._fuse import fuse
+from bcoskit._layers import logits_of, uncompiled
+from bcoskit.data import ImageTransform
+from bcoskit.dynamic import ProductPolicy
+from bcoskit.export._check import disagreement
+from bcoskit.export._trace import trace_explanation
+
+_LARGEST = 2**31  # bytes, of a file in the format
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What `export_onnx` has written.
+
+    Attributes:
+        path: The file.
+        error: The largest difference between its outputs and those of `explain` in double precision, relative to the
+            largest entry; None if it was not run, since onnxruntime is not installed.
+    """
+
+    path: Path
+    error: float | None
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    transform: ImageTransform | None = None,
+    classes: Sequence[str] | None = None,
+    card: Mapping[str, str] | None = None,
+    weights_output: bool = False,
+    products: ProductPolicy = "split",
+) -> OnnxExport:
+    """Write a network with its explanation as one ONNX file: forward and backward pass, without torch.
+
+    Inputs are `image` (N, channels, H, W), float32 in [0, 1], whose encoding or normalisation is part of the file, and
+    `target` (N,), int64, the class that is explained, or -1 for the largest logit; any other number is an error when
+    the file is run. Outputs are `logits` (N, K), `contributions` (N, H, W), which are `W(x)·x` summed over the
+    channels, and with `weights_output` the `weights` W(x) (N, channels of the network's input, H, W). N is free.
+
+    What evaluation only multiplies with is folded into the filters (`bcoskit.fuse`). Where onnxruntime is installed
+    the file is run with batches of 1 and 3 images, and must agree with `explain` to 1e-5 of the largest entry, or as
+    closely as `explain` in single precision agrees with itself in double precision.
+
+    The metadata of the file hold `classes` and `transform` as JSON, and as text `name`, `architecture`, `loss`,
+    `products`, `bcoskit_version` and what `card` says.
+
+    Args:
+        model: A network in evaluation mode with logits (N, K). It is not changed.
+        path: The file, which ends in `.onnx`; it appears complete or not at all.
+        transform: The network's test-time transform; by default the one that a network by name has.
+        classes: Names of the classes; by default those that it has, or numbers.
+        card: What else is to be known of the network, such as `source` and `licence`.
+        weights_output: Whether the file also returns W(x).
+        products: As of `explain`.
+
+    Returns:
+        The file, and how closely it agrees.
+
+    Raises:
+        ImportError: If the packages of `bcoskit[export]` are not installed.
+        TypeError: If `model` is no module, or something else is of a wrong type.
+        ValueError: If there is no transform, the network has no logits (N, K), an operation has no counterpart in the
+            format, the weights are too large for one file, or the file does not agree with `explain`.
+        NotLinearError: If the network is not dynamic linear.
+        OSError: If the file cannot be written.
+    """
+    _require("onnx", "onnx_ir", "onnxscript")
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"`path` (={str(path)!r}) must end in .onnx")
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a folder", str(path))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    network: Any = uncompiled(model)
+    transform = getattr(network, "transform", None) if transform is None else transform
+    if transform is None:
+        raise ValueError("`transform` must be given: `model` does not come of `create_model`")
+    unfinished = unfinished_file(path)
+    try:
+        unfinished.touch()  # says at once if it cannot be written
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    try:
+        network, enter = _on_cpu(network), _entrance(transform)
+        metadata = _metadata(
+            network, transform, classes, card, products, _count_classes(network, enter, transform, products)
+        )
+        _write(network, enter, transform, weights_output, products, metadata, unfinished)
+        error = None
+        if _is_installed("onnxruntime"):
+            error = disagreement(unfinished, network, enter, _shape(transform), products)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return OnnxExport(path, error)
+
+
+def _write(
+    network: nn.Module,
+    enter: Callable[[Tensor], Tensor],
+    transform: ImageTransform,
+    weights_output: bool,
+    products: ProductPolicy,
+    metadata: dict[str, str],
+    path: Path,
+) -> None:
+    import onnx_ir
+
+    from bcoskit.export._graph import onnx_model
+
+    fused = _fused(network)
+    shape = _shape(transform)
+    outputs = ["logits", "contributions", *["weights"] * weights_output]
+    try:
+        with untouched(torch.device("cpu")):
+            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, products, weights_output)
+        model = onnx_model(trace, shape, outputs)
+    except Exception as error:  # tracers and exporters answer what they cannot do with nearly every kind of exception
+        raise ValueError(f"the explanation of the network cannot be exported: {_reason(error)}") from error
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    model.producer_name, model.producer_version = "bcoskit", __version__
+    onnx_ir.save(model, path)
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy in single precision, whatever device and precision the network has."""
+    network = copy.deepcopy(model).requires_grad_(False).to("cpu", torch.float32)
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    if size >= _LARGEST:
+        raise ValueError(f"the weights have {size / 2**30:.1f} GiB, an ONNX file holds less than 2")
+    return network
+
+
+def _fused(network: nn.Module) -> nn.Module:
+    try:
+        return fuse(network)
+    except ValueError:  # exponents that were learnt stay as they are
+        return network
+
+
+def _shape(transform: ImageTransform) -> tuple[int, int, int]:
+    return transform.channels, transform.size, transform.size
+
+
+def _entrance(transform: ImageTransform) -> Callable[[Tensor], Tensor]:
+    """What makes a network's input of images, as `ImageTransform.encode_pixels`, without a look at values."""
+    if transform.encoding == "bcos":
+        return lambda image: torch.cat([image, 1 - image], 1)
+
+    def normalized(image: Tensor) -> Tensor:
+        mean, std = (image.new_tensor(values).reshape(-1, 1, 1) for values in (transform.mean, transform.std))
+        return (image - mean) / std
+
+    return normalized
+
+
+def _count_classes(
+    network: nn.Module, enter: Callable[[Tensor], Tensor], transform: ImageTransform, products: ProductPolicy
+) -> int:
+    """The number of logits of a network that `explain` explains; raises as it does."""
+    image = torch.rand(1, *_shape(transform), generator=torch.Generator().manual_seed(0))
+    with untouched(image.device), torch.no_grad():
+        output = logits_of(network(enter(image)))
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"`model` has outputs of shape {shape}, must have logits (N, K)")
+    explain(network, enter(image), products=products)
+    return output.shape[1]
+
+
+def _metadata(
+    network: Any,
+    transform: ImageTransform,
+    classes: Sequence[str] | None,
+    card: Mapping[str, str] | None,
+    products: ProductPolicy,
+    count: int,
+) -> dict[str, str]:
+    if isinstance(classes, str):
+        raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
+    names = getattr(network, "classes", None) if classes is None else classes
+    names = [str(index) for index in range(count)] if names is None else list(names)
+    if len(names) != count:
+        raise ValueError(f"`classes` has {len(names)} names, the network has {count} logits")
+    name = getattr(network, "name", None)
+    known = {
+        **(card or {}),
+        "name": name or type(network).__name__,
+        "architecture": name.partition(".")[0] if name else type(network).__name__,
+        "loss": getattr(network, "loss", "none"),
+        "classes": json.dumps(names),
+        "transform": json.dumps(asdict(transform)),
+        "products": products,
+        "bcoskit_version": __version__,
+    }
+    wrong = [key for key, value in known.items() if not isinstance(key, str) or not isinstance(value, str)]
+    if wrong:
+        raise TypeError(f"`card` must hold text by name, its {wrong[0]!r} is {known[wrong[0]]!r:.200}")
+    return known
+
+
+def _reason(error: BaseException) -> str:
+    """What of a chain of exceptions names the operation, in one line."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = "\n".join(str(link) for link in chain)
+    if "_local_scalar_dense" in text or "data-dependent" in text.lower():
+        return "the network decides by values of its input in Python"
+    found = re.search(r"OpOverload\(op='([\w.:]+)'|No decomposition[^\n]*?(aten[.:]+\w+)", text)
+    if found is not None:
+        return f"ONNX has no counterpart of the operation {found[1] or found[2]}"
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
+    return f"{type(chain[-1]).__name__}: {lines[0] if lines else 'no reason is given':.300}"
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if not _is_installed(package):
+            raise ImportError(f'export needs {package}: pip install "bcoskit[export]"')
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return False
+    return True

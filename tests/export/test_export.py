@@ -1,0 +1,238 @@
+"""Exported explanations are those of `explain`, for any batch, or there is no file."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+import bcoskit
+from bcoskit.data import ImageTransform
+from bcoskit.dynamic import freeze
+from bcoskit.export import _check, _export, export_onnx
+from bcoskit.models import convnext, densenet, resnet, vit
+from export_toys import CLASSES, small_network
+
+SIZE = 32
+
+
+def named(module, name, smaller):
+    """A network by name with fewer blocks; norms are set so that the signal does not die out."""
+
+    def make(monkeypatch):
+        architecture = name.partition(".")[0]
+        monkeypatch.setitem(module.ARCHITECTURES, architecture, smaller)
+        return calibrated(bcoskit.create_model(name, num_classes=5)), "bcos"
+
+    return make
+
+
+def calibrated(network, channels=6):
+    for part in network.modules():
+        if hasattr(part, "momentum"):
+            part.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.rand(8, channels, SIZE, SIZE))
+    return network.eval()
+
+
+def vgg(_monkeypatch):
+    network = timm.models.vgg.VGG([8, 8, "M", 16, "M"], num_classes=5, mlp_ratio=0.01)
+    return bcoskit.bcosify(network.eval(), bcoskit.BcosConfig.preset("exact")), "bcos"
+
+
+def converted(_monkeypatch):
+    network = timm.create_model("test_resnet", num_classes=5)
+    return bcoskit.bcosify(calibrated(network, 3), bcoskit.BcosConfig.preset("v1")), "bcos"
+
+
+NETWORKS = {
+    "resnet": named(resnet, "resnet18.bcos_v2_in1k", ((1, 1, 1, 1), 1, 64, timm.models.resnet.BasicBlock)),
+    "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (1, 1, 1, 1))),
+    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 1, 1), (8, 16, 24, 32), 0.0)),
+    "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 2, ())),
+    "vgg": vgg,
+    "converted": converted,
+}
+
+
+def outputs_of(path, images, target):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"image": images, "target": np.array(target)}), strict=True))
+
+
+def relative(found, expected):
+    return float((torch.from_numpy(found).double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_as_explain(family, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network, encoding = NETWORKS[family](monkeypatch)
+    transform, path = ImageTransform(SIZE, encoding=encoding), tmp_path / "model.onnx"
+    before = copy.deepcopy(network.state_dict())
+    random = torch.get_rng_state()
+    written = export_onnx(network, path, transform=transform, classes=list("abcde"), weights_output=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert written.path == path
+    assert written.error < 1e-5
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert list(tmp_path.iterdir()) == [path]
+    precise = copy.deepcopy(network).double()
+    for target in ([-1], [3, -1], [0, 4, 2, -1, 1]):
+        pixels = torch.randint(256, (len(target), 3, SIZE, SIZE)).to(torch.uint8)
+        found = outputs_of(path, pixels.numpy().astype(np.float32) / 255, target)
+        classes = [
+            index if index >= 0 else int(row.argmax()) for index, row in zip(target, found["logits"], strict=True)
+        ]
+        x = transform.encode_pixels(pixels).double()
+        expected = bcoskit.explain(precise, x, classes)
+        assert found["contributions"].shape == (len(target), SIZE, SIZE)
+        for name, values in found.items():
+            assert relative(values, getattr(expected, name)) < 1e-5
+        other = bcoskit.explain(precise, x, [(index + 1) % 5 for index in classes])  # a control
+        assert relative(found["contributions"], other.contributions) > 1e-2
+
+
+def test_grey_images_normalized_and_not_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxruntime")
+    transform, path = (
+        ImageTransform(12, channels=1, encoding="normalized", mean=(0.4,), std=(0.2,)),
+        tmp_path / "m.onnx",
+    )
+    network = small_network(1)
+    assert export_onnx(network, path, transform=transform).error is None
+    images = torch.rand(2, 1, 12, 12)
+    found = outputs_of(path, images.numpy(), [1, 2])
+    expected = bcoskit.explain(network.double(), (images.double() - 0.4) / 0.2, [1, 2])
+    assert list(found) == ["logits", "contributions"]
+    assert relative(found["contributions"], expected.contributions) < 1e-5
+
+
+def test_no_derivatives_at_run_time_and_no_batch_in_the_file(exported):
+    _, _, path = exported
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*model.graph.input, *model.graph.output)}
+    assert {name: dims[0].dim_param for name, dims in shapes.items()} == dict.fromkeys(shapes, "batch")
+    assert [dim.dim_value for dim in shapes["image"][1:]] == [3, 16, 16]
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_metadata(exported):
+    _, transform, path = exported
+    facts = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert json.loads(facts.pop("classes")) == list(CLASSES)
+    assert ImageTransform(**json.loads(facts.pop("transform"))) == transform
+    assert facts == {
+        "name": "Sequential",
+        "architecture": "Sequential",
+        "loss": "none",
+        "products": "split",
+        "source": "here",
+        "licence": "none",
+        "bcoskit_version": bcoskit.__version__,
+    }
+
+
+@pytest.mark.parametrize("target", [5, -2, -5, 1000])
+def test_no_answer_for_a_class_that_is_not_there(exported, target):
+    _, _, path = exported
+    images = np.zeros((2, 3, 16, 16), np.float32)
+    with pytest.raises(Exception, match="out of data bounds"):
+        outputs_of(path, images, [0, target])
+
+
+class OfBatch(nn.Module):
+    """Gives something else for a single image."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = small_network()
+
+    def forward(self, x):
+        return self.network(x) * min(len(x), 2)
+
+
+class OnValues(OfBatch):
+    def forward(self, x):
+        return self.network(x if x.detach().sum() > 0 else -x)
+
+
+class Bessel(OfBatch):
+    def forward(self, x):
+        return self.network(x * torch.special.bessel_j0(freeze(x)))
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x
+
+
+REFUSED = [
+    (OfBatch, ValueError, r"disagrees .* batch of 1"),
+    (OnValues, ValueError, "decides by values of its input in Python"),
+    (Bessel, ValueError, r"no counterpart of the operation prims.bessel_j0"),
+    (Tokens, ValueError, r"must have logits \(N, K\)"),
+    (lambda: nn.Sequential(small_network(), nn.Softmax(1)).eval(), ValueError, "no gradient path"),
+    (lambda: small_network().train(), ValueError, "evaluation mode"),
+    (lambda: lambda x: x, TypeError, "must be a torch.nn.Module"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), REFUSED)
+def test_refused_networks(make, kind, message, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("what was there")
+    network = make()
+    if isinstance(network, OfBatch):
+        network.eval()
+    with pytest.raises(kind, match=message):
+        export_onnx(network.eval() if isinstance(network, Tokens) else network, path, transform=ImageTransform(16))
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_held_to_single_precision(exported):
+    network, transform, path = exported
+    enter, shape = _export._entrance(transform), (3, 16, 16)
+    assert _check.disagreement(path, network, enter, shape, "split") < 1e-5
+    for part in (0, 2):
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            next(other[part].parameters()).flatten()[0] += 1e-3
+        with pytest.raises(ValueError, match="disagrees"):
+            _check.disagreement(path, other, enter, shape, "split")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"transform": None}, ValueError, "`transform` must be given"),
+        ({"classes": ["a"]}, ValueError, "`classes` has 1 names, the network has 5 logits"),
+        ({"classes": "abcde"}, TypeError, "must be a list of names"),
+        ({"card": {"year": 2024}}, TypeError, "'year' is 2024"),
+        ({"products": "both"}, ValueError, "`products`"),
+        ({"path": "model.pt"}, ValueError, r"must end in \.onnx"),
+        ({"path": "folder.onnx"}, IsADirectoryError, "is a folder"),
+        ({"path": "nowhere/model.onnx"}, FileNotFoundError, "nowhere/model.onnx"),
+    ],
+)
+def test_refused_arguments(arguments, kind, message, tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    path = tmp_path / arguments.pop("path", "model.onnx")
+    with pytest.raises(kind, match=message):
+        export_onnx(small_network(), path, **{"transform": ImageTransform(16), **arguments})
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_missing_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(_export, "_is_installed", lambda package: package != "onnxscript")
+    with pytest.raises(ImportError, match=r'export needs onnxscript: pip install "bcoskit\[export\]"'):
+        export_onnx(small_network(), tmp_path / "model.onnx", transform=ImageTransform(16))

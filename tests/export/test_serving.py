@@ -1,0 +1,159 @@
+"""The examples that serve a file: with onnxruntime alone, and in a browser."""
+
+import base64
+import functools
+import http.client
+import http.server
+import importlib.util
+import io
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bcoskit
+from export_toys import CLASSES
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BROWSER = EXAMPLES / "browser"
+
+
+def image_of(size, kind="PNG"):
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), format=kind)
+    return file.getvalue()
+
+
+@contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(exported):
+    specification = importlib.util.spec_from_file_location("serve_onnx", EXAMPLES / "serve_onnx.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    with running(module.server(exported[2], 0)) as port:
+        yield port
+
+
+def post(port, body, headers=()):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/", body, dict(headers))
+    answer = connection.getresponse()
+    content = json.loads(answer.read())
+    connection.close()
+    return answer.status, content
+
+
+@pytest.mark.parametrize(("size", "kind"), [((16, 16), "PNG"), ((40, 25), "JPEG"), ((21, 33), "WEBP")])
+def test_server_answers_as_explain(size, kind, exported, port):
+    network, transform, _ = exported
+    body = image_of(size, kind)
+    status, content = post(port, body)
+    expected = bcoskit.explain(network, transform(body)[None])
+    index = int(expected.target)
+    assert status == 200
+    assert content["class"] == CLASSES[index]
+    assert content["probability"] == pytest.approx(float(expected.logits.softmax(1)[0, index]), rel=1e-4)
+    with Image.open(
+        io.BytesIO(base64.b64decode(content["contributions"].removeprefix("data:image/png;base64,")))
+    ) as file:
+        shown = np.asarray(file.convert("RGB")).astype(int)
+    contributions = expected.contributions[0]
+    strong = (contributions.abs() > 0.05 * contributions.abs().max()).numpy()
+    assert shown.shape == (16, 16, 3)
+    assert (((shown[..., 0] > shown[..., 2]) == (contributions.numpy() > 0)) | ~strong).all()
+
+
+def test_server_refuses(port):
+    assert post(port, b"no image")[0] == 400
+    assert post(port, image_of((16, 16))[:200])[0] == 400
+    assert post(port, b"", {"Content-Length": "30000000"})[0] == 413
+    assert post(port, image_of((16, 16)))[0] == 200  # it goes on
+
+
+def test_server_refuses_what_would_be_huge(port):
+    Image.new("1", (8000, 8000)).save(file := io.BytesIO(), format="PNG")
+    assert post(port, file.getvalue())[0] == 400
+    Image.new("1", (1, 300_000)).save(file := io.BytesIO(), format="PNG")
+    assert post(port, file.getvalue())[0] == 400
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def page(exported, tmp_path_factory):
+    """The page for browsers, in headless Chromium."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    if not (BROWSER / "vendor" / "ort.wasm.min.mjs").exists():
+        pytest.skip("onnxruntime-web is not there: docs/export.md has the command that fetches it")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("index.html", "explain.js", "vendor"):
+        (folder / name).symlink_to(BROWSER / name)
+    shutil.copy(exported[2], folder / "model.onnx")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    with running(server) as port, playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        opened = browser.new_page()
+        strangers = []
+        opened.on("request", lambda request: strangers.append(request.url))
+        opened.goto(f"http://127.0.0.1:{port}/")
+        opened.wait_for_selector("#status[data-state=ready]", timeout=60_000)
+        yield opened
+        browser.close()
+        assert all(url.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:")) for url in strangers)
+
+
+def drop(page, body, state="explained"):
+    page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": body})
+    page.wait_for_function("document.querySelector('#status').dataset.state !== 'busy'")
+    page.wait_for_selector(f"#status[data-state={state}]", timeout=60_000)
+
+
+def test_page_explains_as_explain(exported, page):
+    network, transform, _ = exported
+    body = image_of((20, 20))  # whose shorter side is what the transform resizes to: only a crop is left
+    drop(page, body)
+    x = transform(body)[None]
+    prediction = bcoskit.explain(network, x)
+    assert page.inner_text("#status").startswith(CLASSES[int(prediction.target)] + ": ")
+    assert page.inner_text("#target option >> nth=1") == CLASSES[0]  # its characters are text
+    for index in (3, 0):
+        page.select_option("#target", str(index))
+        page.wait_for_function(f"document.querySelector('#status').innerText.startsWith({json.dumps(CLASSES[index])})")
+        expected = bcoskit.explain(network, x, index)
+        assert float(page.get_attribute("#status", "data-logit")) == pytest.approx(float(expected.value), rel=1e-4)
+        shown = page.evaluate(
+            "Array.from(document.querySelector('#map').getContext('2d').getImageData(0, 0, 16, 16).data)"
+        )
+        colors = np.array(shown).reshape(16, 16, 4)
+        contributions = expected.contributions[0]
+        strong = (contributions.abs() > 0.05 * contributions.abs().max()).numpy()
+        assert (((colors[..., 0] > colors[..., 2]) == (contributions.numpy() > 0)) | ~strong).all()
+
+
+def test_page_says_what_is_wrong(page):
+    drop(page, b"no image", "error")
+    assert page.inner_text("#status").startswith("This did not work: ")
+    drop(page, image_of((20, 20)))  # and goes on
