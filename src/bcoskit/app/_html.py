@@ -16,6 +16,8 @@ _NOTES = {
     "map": '<span class="bc-scale" aria-hidden="true"></span>against … for',
     "colors": "the colours in which the image speaks for the class",
 }
+_MINUS, _DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+_LISTED = 12  # constants
 EMPTY = (
     '<div class="bc-empty"><p>Drop a photograph on the left, or pick one of the examples.</p>'
     "<p>The network explains itself: each of its logits is a sum over the pixels, which you can see and read here.</p>"
@@ -31,14 +33,14 @@ def name(text: str) -> str:
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """A number as the page shows it, with a true minus; a dash if there is none."""
     if value is None:
-        return "–"
+        return _DASH
     text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return text.replace("-", "−")
+    return text.replace("-", _MINUS)
 
 
 def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """A share as the page shows it."""
-    return "–" if value is None else f"{number(100 * value, digits, sign=sign)} %"
+    return _DASH if value is None else f"{number(100 * value, digits, sign=sign)} %"
 
 
 def header(service_name: str, classes: int, ordinary: str | None) -> str:
@@ -108,39 +110,40 @@ def subject(told: Mapping[str, Any]) -> str:
     return f"What speaks for <b>{name(target['class'])}</b>?{likely}"
 
 
-def numbers(told: Mapping[str, Any], *, graph_checked: bool = True) -> str:
+def numbers(told: Mapping[str, Any]) -> str:
     """The sum that a logit is, its constants by name, and how exact all is."""
     whole = "logit" if told["versus"] is None else "difference of logits"
-    terms = [(whole, told["value"], ""), ("image, Σ W(x)·x", told["contributions"], "="), ("constants", told["bias"], "+")]
-    sums = "".join(
-        f'<i>{operator}</i><div><strong>{number(value)}</strong><span>{title}</span></div>'
-        if operator
-        else f"<div><strong>{number(value)}</strong><span>{title}</span></div>"
-        for title, value, operator in terms
-    )
-    shares = told["shares"] or {}
-    largest = max((abs(share) for share in shares.values()), default=0) or 1
-    ordered = sorted(shares.items(), key=lambda item: -abs(item[1]))
-    rows = "".join(
-        f'<tr><td>{name(title)}</td><td class="bc-bar"><i class="{"bc-for" if share > 0 else "bc-against"}" '
-        f'style="width:{100 * abs(share) / largest:.1f}%"></i></td><td>{number(share, 4, sign=True)}</td></tr>'
-        for title, share in ordered[:12]
-    )
-    if len(ordered) > 12:
-        rest = sum(share for _, share in ordered[12:])
-        rows += f"<tr><td>{len(ordered) - 12} others</td><td></td><td>{number(rest, 4, sign=True)}</td></tr>"
-    if not rows:
-        rows = "<tr><td>There are none: all of the logit comes from the image.</td></tr>"
-    residual = "–" if told["residual"] is None else "0" if not told["residual"] else f"{abs(told['residual']):.0e}"
-    audit = "every operation behind the logit was checked to be linear once its factors are frozen"
+    terms = [(whole, told["value"]), ("image, Σ W(x)·x", told["contributions"]), ("constants", told["bias"])]
+    total, *parts = [f"<div><strong>{number(value)}</strong><span>{title}</span></div>" for title, value in terms]
+    residual = told["residual"]
+    left = _DASH if residual is None else f"{abs(residual):.0e}".replace("-", _MINUS) if residual else "0"
     return (
-        f'<div class="bc-sum">{sums}</div>'
-        f'<div class="bc-cards"><section><h3>Constants by name</h3><table>{rows}</table></section>'
-        f'<section><h3>Exactness</h3><p><strong class="bc-residual">{residual.replace("-", "−")}</strong> is left of '
-        "the logit, relative, when image and constants are taken away: each constant is evaluated by itself, so this "
-        f"tests the explanation. Rounding in single precision leaves up to about 1e−6.</p>"
-        f"<p>{audit[0].upper() + audit[1:] if graph_checked else ''}.</p></section></div>"
+        f'<div class="bc-sum">{total}<i>=</i>{"<i>+</i>".join(parts)}</div>'
+        f'<div class="bc-cards"><section><h3>Constants by name</h3>{_constants(told["shares"] or {})}</section>'
+        f'<section><h3>Exactness</h3><p><strong class="bc-residual">{left}</strong> is left of the logit, relative, '
+        "when image and constants are taken away. Each constant is evaluated by itself, so this tests the explanation; "
+        f"rounding in single precision leaves up to about 1e{_MINUS}6.</p><p>Every operation behind the logit was "
+        "checked to be linear once its factors are frozen.</p></section></div>"
     )
+
+
+def _constants(shares: Mapping[str, float]) -> str:
+    """The constants, the largest first, each with a bar."""
+    if not shares:
+        return "<p>There are none: all of the logit comes from the image.</p>"
+    ordered = sorted(shares.items(), key=lambda item: -abs(item[1]))
+    largest = abs(ordered[0][1]) or 1
+
+    def row(title: str, share: float) -> str:
+        side = "bc-for" if share > 0 else "bc-against"
+        bar = f'<i class="{side}" style="width:{100 * abs(share) / largest:.1f}%"></i>'
+        return f'<tr><td>{name(title)}</td><td class="bc-bar">{bar}</td><td>{number(share, 4, sign=True)}</td></tr>'
+
+    rows = [row(*item) for item in ordered[:_LISTED]]
+    if len(ordered) > _LISTED:
+        rest = number(sum(share for _, share in ordered[_LISTED:]), 4, sign=True)
+        rows.append(f"<tr><td>{len(ordered) - _LISTED} others</td><td></td><td>{rest}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
 
 
 def place(told: Mapping[str, Any] | None) -> str:
@@ -149,10 +152,10 @@ def place(told: Mapping[str, Any] | None) -> str:
         return '<div class="bc-place">Click a place in a picture to keep its numbers here.</div>'
     around = ""
     if told["side"] > 1:
+        side, parts = told["side"], [number(told[key], 4, sign=True) for key in ("square", "for", "against")]
         around = (
-            f"<p>The {told['side']} × {told['side']} pixels around it: <strong>{number(told['square'], 4, sign=True)}"
-            f"</strong> ({percent(told['square_share'], 2, sign=True)}), of which {number(told['for'], 4, sign=True)} "
-            f"for and {number(told['against'], 4, sign=True)} against.</p>"
+            f"<p>The {side} &times; {side} pixels around it: <strong>{parts[0]}</strong> "
+            f"({percent(told['square_share'], 2, sign=True)}), of which {parts[1]} for and {parts[2]} against.</p>"
         )
     return (
         f'<div class="bc-place"><p>Row {told["row"]}, column {told["column"]}: '
@@ -176,8 +179,9 @@ def comparison(rows: Mapping[str, Sequence[tuple[str, Image.Image | str]]], of: 
         f"<h3>{name(title)}</h3><div class='bc-methods'>{''.join(cell(*each) for each in cells)}</div>"
         for title, cells in rows.items()
     ]
-    note = "Red speaks for the class, blue against it; each map has its own scale."
-    return f'<div class="bc-compare"><p class="bc-subject">Who says what of <b>{name(of)}</b>?</p>{"".join(parts)}<p><small>{note}</small></p></div>'
+    heading = f'<p class="bc-subject">Who says what of <b>{name(of)}</b>?</p>'
+    note = "<p><small>Red speaks for the class, blue against it; each map has its own scale.</small></p>"
+    return f'<div class="bc-compare">{heading}{"".join(parts)}{note}</div>'
 
 
 def downloads(files: Sequence[tuple[str, str, bytes]]) -> str:

@@ -1,7 +1,5 @@
 """What every request and answer of the server is held to."""
 
-from typing import Any
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _POLICY = (
@@ -9,12 +7,13 @@ _POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-HEADERS = {
-    "content-security-policy": _POLICY,
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "x-dns-prefetch-control": "off",
-}
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-dns-prefetch-control", b"off"),
+]
+_AROUND = 100_000  # bytes of a request that has a file, besides the file
 
 
 class TooLargeError(Exception):
@@ -26,44 +25,53 @@ class Limits:
 
     Args:
         app: The application behind it.
-        max_bytes: Of a file; what surrounds it may add a little.
+        max_bytes: Of a file.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes + 100_000
+        self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen, answered = 0, False
-
-        async def bounded() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_bytes:
-                raise TooLargeError
-            return message
-
-        async def with_headers(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = True
-                headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *headers]}
-            await send(message)
-
-        told: Any = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if told.isdigit() and int(told) > self._max_bytes:
-                raise TooLargeError
-            await self._app(scope, bounded, with_headers)
-        except TooLargeError:
-            if answered:
-                raise
-            text = f"The image is too large: at most {(self._max_bytes - 100_000) / 1e6:g} MB are allowed.".encode()
-            start = {"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]}
-            await with_headers(start)
+        request = _Request(receive, send, self._max_bytes + _AROUND)
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if told.isdigit() and int(told) > self._max_bytes + _AROUND:
+            request.too_large = True
+        else:
+            try:
+                await self._app(scope, request.receive, request.send)
+            except TooLargeError:
+                if request.answered:  # too late for another answer: the connection ends
+                    raise
+        if request.too_large and not request.answered:
+            text = f"The image is too large: at most {self._max_bytes / 1e6:g} MB are allowed.".encode()
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), *_HEADERS]
+            await send({"type": "http.response.start", "status": 413, "headers": headers})
             await send({"type": "http.response.body", "body": text})
+
+
+class _Request:
+    """A request of which at most so many bytes are read."""
+
+    def __init__(self, receive: Receive, send: Send, most: int) -> None:
+        self._receive, self._send, self._left = receive, send, most
+        self.too_large = self.answered = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.too_large = True
+            raise TooLargeError
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.too_large and not self.answered:
+            return  # what the application makes of a broken-off request is not the answer
+        if message["type"] == "http.response.start":
+            self.answered = True
+            message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+        await self._send(message)

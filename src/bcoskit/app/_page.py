@@ -18,18 +18,20 @@ from bcoskit.app import _html
 from bcoskit.app._figures import figures, place_figures
 from bcoskit.app._pictures import Controls, comparison_map, packed, panels, png, sheet, usual_smooth
 from bcoskit.app._service import ExplanationService, Photograph
-from bcoskit.app._upload import Upload, refuse_addresses
+from bcoskit.app._upload import only_uploads, upload_field
 from bcoskit.dynamic import NotLinearError
 
 METHODS = {
     "grad_cam": "Grad-CAM",
     "integrated_gradients": "Integrated Gradients",
-    "input_x_gradient": "Input × Gradient",
+    "input_x_gradient": "Input x Gradient",
     "gradient": "Gradient",
     "guided_backprop": "Guided Backpropagation",
     "deep_lift": "DeepLIFT",
     "occlusion": "Occlusion",
 }
+_FAILED = "This cannot be done"
+_PROGRESS = gr.Progress()  # which Gradio finds as the default of an argument
 _NONE = -1  # of a class that is not chosen
 _KEPT = 1800  # seconds that a tab's image stays in memory
 _SESSIONS = 64
@@ -57,10 +59,10 @@ def make_page(service: ExplanationService) -> gr.Blocks:
     page = gr.Blocks(title="bcoskit", analytics_enabled=False, delete_cache=(60, 300))
     page.state_session_capacity = _SESSIONS
     with page:
-        gr.HTML(_html.header(service.model.name, len(service.classes), getattr(service.ordinary, "name", None)))
+        _drawn(_html.header(service.model.name, len(service.classes), getattr(service.ordinary, "name", None)))
         _Fields(service, page).connect()
         _add_api(service)
-    refuse_addresses(page)
+    only_uploads(page)
     return page.queue(max_size=100, default_concurrency_limit=16)
 
 
@@ -71,10 +73,10 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except gr.Error:
-            raise
-        except (ValueError, NotLinearError) as error:
-            raise gr.Error(escape(str(error)[:600]), title="This cannot be done", print_exception=False) from None
+        except Exception as error:  # whatever it is, who has asked is told, and the server lives on
+            known = isinstance(error, (ValueError, NotLinearError))
+            message = str(error) if known else f"{type(error).__name__}: {error}"
+            raise gr.Error(escape(message[:600], quote=False), title=_FAILED, print_exception=False) from None
 
     return call
 
@@ -90,8 +92,8 @@ class _Fields:
         self.state = gr.State(None, time_to_live=_KEPT)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280, elem_id="choose"):
-                self.upload = Upload(label="Photograph", height=112, elem_id="upload")
-                self.examples = gr.HTML(
+                self.upload = upload_field(label="Photograph", height=112, elem_id="upload")
+                self.examples = _drawn(
                     _html.thumbnails(self.photographs), js_on_load=asset("buttons.js"), elem_id="examples"
                 )
                 with gr.Row():
@@ -106,11 +108,11 @@ class _Fields:
                         interactive=True,
                         elem_id="versus",
                     )
-                self.classes = gr.HTML("", js_on_load=asset("buttons.js"), elem_id="classes")
+                self.classes = _drawn("", js_on_load=asset("buttons.js"), elem_id="classes")
                 if not service.has_classes:
-                    gr.HTML("<p>This network has no classes: its outputs are numbered, and have no probabilities.</p>")
+                    _drawn("<p>This network has no classes: its outputs are numbered, and have no probabilities.</p>")
             with gr.Column(scale=3, min_width=320, elem_id="see"):
-                self.viewer = gr.HTML(_html.EMPTY, js_on_load=asset("page.js"), elem_id="viewer")
+                self.viewer = _drawn(_html.EMPTY, js_on_load=asset("page.js"), elem_id="viewer")
                 with gr.Row(elem_id="controls"):
                     self.over = gr.Checkbox(label="Over the image", min_width=150, elem_id="over")
                     self.opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Opacity", min_width=130, elem_id="opacity")
@@ -120,14 +122,14 @@ class _Fields:
                     self.percentile = gr.Slider(90, 100, 99.5, step=0.1, label="Percentile", min_width=130)
                 with gr.Tabs():
                     with gr.Tab("Numbers"):
-                        self.place = gr.HTML(_html.place(None), elem_id="place")
-                        self.numbers = gr.HTML("", elem_id="numbers")
+                        self.place = _drawn(_html.place(None), elem_id="place")
+                        self.numbers = _drawn("", elem_id="numbers")
                     with gr.Tab("Compare"):
                         self._add_comparison()
                     with gr.Tab("Download"):
                         self.format = gr.Radio(_FORMATS, value="npz", label="Data as", elem_id="format")
                         self.pack = gr.Button("Prepare picture and data", variant="primary", elem_id="pack")
-                        self.files = gr.HTML("", elem_id="files")
+                        self.files = _drawn("", elem_id="files")
 
     def _add_comparison(self) -> None:
         self.methods = gr.CheckboxGroup(
@@ -140,9 +142,9 @@ class _Fields:
         hint = (
             ""
             if self.service.ordinary is not None
-            else "<small>With <code>bcoskit app --ordinary NAME</code> an ordinary network stands beside this one.</small>"
+            else "<small>With <code>bcoskit app --ordinary NAME</code> an ordinary network stands beside it.</small>"
         )
-        self.comparison = gr.HTML(hint, elem_id="comparison")
+        self.comparison = _drawn(hint, elem_id="comparison")
         self.hint = hint
 
     def connect(self) -> None:
@@ -244,7 +246,7 @@ class _Fields:
         return _html.place(place_figures(shown.explanation, row, column, int(smooth)))
 
     @answered
-    def compare_methods(self, state: Shown | None, methods: list[str], smooth: int, progress: Any = gr.Progress()) -> str:  # noqa: B008 - Gradio finds it by its default
+    def compare_methods(self, state: Shown | None, methods: list[str], smooth: int, progress: Any = _PROGRESS) -> str:
         """Show what other methods say, and what they say of the ordinary network."""
         shown = _opened(state)
         target = int(figures(self.service, shown.explanation)["target"]["index"])
@@ -262,9 +264,7 @@ class _Fields:
     ) -> tuple[str, Image.Image | str]:
         title = "W(x)·x" if method == "bcos" else METHODS.get(method, method)
         try:
-            return title, comparison_map(
-                self.service.attribute(photograph, target, method, ordinary=ordinary), smooth
-            )
+            return title, comparison_map(self.service.attribute(photograph, target, method, ordinary=ordinary), smooth)
         except (ValueError, NotLinearError) as error:  # a method that does not fit this network says so in its place
             return title, str(error)[:300]
 
@@ -284,9 +284,9 @@ class _Fields:
 def _add_api(service: ExplanationService) -> None:
     """The endpoints for programs."""
     with gr.Row(visible=False):
-        image, again = Upload(label="image"), Upload(label="image")
+        image, again = upload_field(label="image"), upload_field(label="image")
         target, versus = gr.Textbox(label="target"), gr.Textbox(label="versus")
-        shares, data = gr.Checkbox(label="shares"), gr.Radio(["none", *_FORMATS], value="none", label="data")
+        shares, data = gr.Checkbox(label="shares"), gr.Textbox("none", label="data")
         method, ordinary = gr.Textbox(label="method"), gr.Checkbox(label="ordinary")
         answer = gr.JSON(label="answer")
         explain, compare = gr.Button(), gr.Button()
@@ -318,11 +318,16 @@ def _add_api(service: ExplanationService) -> None:
 def saved(explanation: Explanation, format: str) -> bytes:
     """The bytes of what `Explanation.save` writes."""
     if format not in _FORMATS:
-        raise ValueError(f"`format` (={format[:20]!r}) must be of: {', '.join(_FORMATS)}")
+        raise ValueError(f"`data` (={str(format)[:20]!r}) must be of: none, {', '.join(_FORMATS)}")
     with tempfile.TemporaryDirectory(prefix="bcoskit-") as folder:
         path = Path(folder, f"explanation.{format}")
         explanation.save(path)
         return path.read_bytes()
+
+
+def _drawn(html: str, **options: Any) -> gr.HTML:
+    """HTML with the look that `page.css` gives it."""
+    return gr.HTML(html, apply_default_css=False, **options)
 
 
 def _opened(state: Shown | None) -> Shown:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bcoskit import viz
 from bcoskit._explain import Explanation
-from bcoskit.app._service import ExplanationService, Photograph
 from bcoskit.app._figures import figures
+from bcoskit.app._service import ExplanationService, Photograph
 
 
 @dataclass(frozen=True)

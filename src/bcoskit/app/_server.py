@@ -11,6 +11,7 @@ from typing import Any
 import fastapi
 import gradio as gr
 import uvicorn
+from gradio.themes import Default
 
 from bcoskit.app._limits import Limits
 from bcoskit.app._page import asset, make_page
@@ -66,7 +67,7 @@ def web_app(service: ExplanationService) -> fastapi.FastAPI:
         theme=_theme(),
         head=f"<style>{asset('page.css')}</style>",  # Gradio would rewrite what it takes as `css`
         max_file_size=service.max_bytes,
-        show_error=True,
+        show_error=False,
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
@@ -137,7 +138,7 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 def _theme() -> Any:
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    return gr.themes.Default(
+    return Default(
         primary_hue="red",
         neutral_hue="zinc",
         font=fonts,

@@ -229,7 +229,9 @@ def _matched(classes: tuple[str, ...], others: tuple[str, ...]) -> list[int]:
     if len(classes) == len(others) and (classes == others or not set(classes) & set(others)):
         return list(range(len(classes)))
     missing = next((name for name in classes if name not in others), classes[0])
-    raise ValueError(f"`ordinary` must know the classes of `model`, but there is no {missing!r} among its {len(others)}")
+    raise ValueError(
+        f"`ordinary` must know the classes of `model`, but there is no {missing!r} among its {len(others)}"
+    )
 
 
 def _encoded(network: nn.Module, transform: ImageTransform, views: Sequence[Image.Image]) -> Tensor:

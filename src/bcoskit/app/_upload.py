@@ -1,5 +1,6 @@
-"""The field that takes a photograph, and what it refuses."""
+"""The field that takes a photograph, and what no field takes."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,40 +8,57 @@ import gradio as gr
 from gradio.data_classes import FileData
 
 
-class Upload(gr.File):
-    """Hands over the bytes of the file that a user gives, and leaves no copy of it.
+def upload_field(**options: Any) -> gr.File:
+    """A field that hands over the bytes of the file that a user gives, and leaves no copy of it.
 
     Its name, which the user chooses, goes nowhere.
     """
+    # No class of our own: Gradio writes a file beside the source of each subclass of its components.
+    field = gr.File(**options)
+    field.data_model = _Given
+    vars(field)["preprocess"] = partial(_bytes_of, field)
+    return field
 
-    is_template = True  # for Gradio: it looks like the component above it
 
-    def preprocess(self, payload: Any) -> bytes | None:
-        """The bytes of the file, which is removed."""
-        if payload is None:
-            return None
-        if not isinstance(payload, FileData):
-            raise gr.Error("give one image")
-        path = Path(payload.path)
+class _Given(FileData):
+    """What a request says of its file."""
+
+    @classmethod
+    def model_validate(cls, *args: Any, **kwargs: Any) -> "_Given":
         try:
-            return path.read_bytes()
-        except OSError:
-            raise gr.Error("the image is no longer there: give it again") from None
-        finally:
-            path.unlink(missing_ok=True)
-            self.temp_files.discard(str(path))
+            return super().model_validate(*args, **kwargs)
+        except ValueError:
+            raise _error("give one image, as a file that was uploaded") from None
 
 
-async def _refused(address: Any) -> str | None:
-    raise gr.Error("give the image itself, not an address")
+def _bytes_of(field: gr.File, payload: FileData | None) -> bytes | None:
+    if payload is None:
+        return None
+    path = Path(payload.path)
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise _error("the image is no longer there: give it again") from None
+    finally:
+        path.unlink(missing_ok=True)
+        field.temp_files.discard(str(path))
 
 
-def refuse_addresses(page: gr.Blocks) -> None:
-    """No field of a page fetches an address that a request names: Gradio would do so for any of them."""
+def only_uploads(page: gr.Blocks) -> None:
+    """No field of a page takes what a request names elsewhere: an address to fetch, or a file that was not uploaded.
+
+    Gradio would fetch addresses for any field, and keeps requests from other files only where it is launched by itself.
+    """
     for block in page.blocks.values():
-        move = block.async_move_resource_to_block_cache
+        vars(block)["async_move_resource_to_block_cache"] = partial(_uploaded, Path(block.GRADIO_CACHE).resolve())
 
-        async def local(address: Any, move: Any = move) -> str | None:
-            return await (_refused(address) if "://" in str(address) else move(address))
 
-        block.async_move_resource_to_block_cache = local  # type: ignore[method-assign]
+async def _uploaded(folder: Path, path: Any) -> str:
+    file = Path(str(path)).resolve()
+    if "://" in str(path) or not file.is_relative_to(folder):
+        raise _error("give the image itself: upload it")
+    return str(file)
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, title="This cannot be done", print_exception=False)

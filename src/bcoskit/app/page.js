@@ -23,6 +23,13 @@ const mark = ({ viewer, width, height, row, column }) => {
   viewer.style.setProperty("--bc-top", `${((row + 0.5) / height) * 100}%`);
   viewer.classList.add("bc-marked");
 };
+// Drawn anew with other controls, it is the same explanation: the place stays marked.
+let kept = null;
+watch("value", () => {
+  const viewer = element.querySelector(".bc-viewer");
+  if (kept && viewer && viewer.dataset.numbers === kept.numbers) mark({ ...kept, viewer });
+  else kept = null;
+});
 element.addEventListener("pointermove", (event) => {
   const place = placed(event);
   if (!place) return;
@@ -35,5 +42,6 @@ element.addEventListener("click", (event) => {
   const place = placed(event);
   if (!place) return;
   mark(place);
+  kept = { ...place, numbers: place.viewer.dataset.numbers };
   trigger("click", { row: place.row, column: place.column });
 });
