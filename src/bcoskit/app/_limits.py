@@ -1,5 +1,6 @@
 """What every request and answer of the server is held to."""
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _POLICY = (
@@ -43,6 +44,8 @@ class Limits:
         else:
             try:
                 await self._app(scope, request.receive, request.send)
+            except ClientDisconnect:  # in the middle of what it has sent: there is nobody to answer
+                return
             except TooLargeError:
                 if request.answered:  # too late for another answer: the connection ends
                     raise

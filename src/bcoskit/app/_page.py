@@ -33,6 +33,7 @@ METHODS = {
 _FAILED = "This cannot be done"
 _PROGRESS = gr.Progress()  # which Gradio finds as the default of an argument
 _NONE = -1  # of a class that is not chosen
+_SWEEPS = (30, 300)  # every so many seconds, of files of uploads that are older than so many
 _KEPT = 1800  # seconds that a tab's image stays in memory
 _SESSIONS = 64
 _FIRST = "chelsea"  # of the package's photographs
@@ -56,7 +57,7 @@ def make_page(service: ExplanationService) -> gr.Blocks:
     Returns:
         A page of Gradio, which `serve` puts on an address.
     """
-    page = gr.Blocks(title="bcoskit", analytics_enabled=False, delete_cache=(60, 300))
+    page = gr.Blocks(title="bcoskit", analytics_enabled=False, delete_cache=_SWEEPS)
     page.state_session_capacity = _SESSIONS
     with page:
         _drawn(_html.header(service.model.name, len(service.classes), getattr(service.ordinary, "name", None)))

@@ -9,14 +9,14 @@ from gradio.data_classes import FileData
 
 
 def upload_field(**options: Any) -> gr.File:
-    """A field that hands over the bytes of the file that a user gives, and leaves no copy of it.
+    """A field that hands over the bytes of the file that a user gives; its name, which the user chooses, goes nowhere.
 
-    Its name, which the user chooses, goes nowhere.
+    The file stays until the page's next sweep: users who upload the same image share it.
     """
     # No class of our own: Gradio writes a file beside the source of each subclass of its components.
     field = gr.File(**options)
     field.data_model = _Given
-    vars(field)["preprocess"] = partial(_bytes_of, field)
+    vars(field)["preprocess"] = _bytes_of
     return field
 
 
@@ -31,17 +31,11 @@ class _Given(FileData):
             raise _error("give one image, as a file that was uploaded") from None
 
 
-def _bytes_of(field: gr.File, payload: FileData | None) -> bytes | None:
-    if payload is None:
-        return None
-    path = Path(payload.path)
+def _bytes_of(payload: FileData | None) -> bytes | None:
     try:
-        return path.read_bytes()
+        return None if payload is None else Path(payload.path).read_bytes()
     except OSError:
         raise _error("the image is no longer there: give it again") from None
-    finally:
-        path.unlink(missing_ok=True)
-        field.temp_files.discard(str(path))
 
 
 def only_uploads(page: gr.Blocks) -> None:
