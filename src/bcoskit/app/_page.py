@@ -1,5 +1,6 @@
 """The page: fields and what happens when they are used. All that is computed or drawn is elsewhere."""
 
+import asyncio
 import base64
 import functools
 import tempfile
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from PIL import Image
@@ -40,6 +41,9 @@ _FIRST = "chelsea"  # of the package's photographs
 _FORMATS = ("npz", "safetensors")
 
 
+_Made = TypeVar("_Made")
+
+
 @dataclass(frozen=True, eq=False)
 class Shown:
     """What a tab shows: in memory, and nowhere else."""
@@ -57,6 +61,10 @@ def make_page(service: ExplanationService) -> gr.Blocks:
     Returns:
         A page of Gradio, which `serve` puts on an address.
     """
+    return in_event_loop(lambda: _made(service))
+
+
+def _made(service: ExplanationService) -> gr.Blocks:
     page = gr.Blocks(title="bcoskit", analytics_enabled=False, delete_cache=_SWEEPS)
     page.state_session_capacity = _SESSIONS
     with page:
@@ -65,6 +73,19 @@ def make_page(service: ExplanationService) -> gr.Blocks:
         _add_api(service)
     only_uploads(page)
     return page.queue(max_size=100, default_concurrency_limit=16)
+
+
+def in_event_loop(make: Callable[[], _Made]) -> _Made:
+    """What is made while an event loop runs; without one Gradio starts some that it does not close."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+
+        async def made() -> _Made:
+            return make()
+
+        return asyncio.run(made())
+    return make()
 
 
 def answered(function: Callable[..., Any]) -> Callable[..., Any]:

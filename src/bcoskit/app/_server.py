@@ -14,7 +14,7 @@ import uvicorn
 from gradio.themes import Default
 
 from bcoskit.app._limits import Limits
-from bcoskit.app._page import asset, make_page
+from bcoskit.app._page import asset, in_event_loop, make_page
 from bcoskit.app._service import ExplanationService
 
 _GRACE = 2  # seconds that open connections have when the server ends
@@ -43,7 +43,7 @@ def serve(
     """
     listening = _listening(host, port)
     with listening, _own_folder():
-        app = web_app(service)
+        app = in_event_loop(lambda: web_app(service))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=_GRACE, lifespan="on"))
         server.when_ready = (lambda: None) if ready is None else (lambda: ready(address, server.stop))
