@@ -17,11 +17,15 @@ HEAVY = {"torch", "numpy", "PIL", "lightning", "matplotlib", "rich", "timm", "to
 
 ONLY_IN = {
     "captum": {"evaluation"},
+    "fastapi": {"app"},
+    "gradio": {"app"},
     "lightning": {"training"},
     "matplotlib": {"evaluation"},
     "skimage": {"evaluation"},
     "sklearn": {"evaluation"},
+    "starlette": {"app"},
     "torchmetrics": {"evaluation", "training"},
+    "uvicorn": {"app"},
 }
 
 # From the bottom to the top: a module imports from its own level and from below.
@@ -35,8 +39,8 @@ LEVELS = [
     {"_trust", "_linear_map"},
     {"_explain", "models"},
     {"_audit", "_compile_explain", "evaluation", "gallery", "training", "_command_pictures"},
-    {"_command_audit", "_command_evaluate", "_command_models", "_command_report"},
-    {"_command_explain"},
+    {"app", "_command_audit", "_command_evaluate", "_command_models", "_command_report"},
+    {"_command_app", "_command_explain"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}
@@ -106,7 +110,7 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "cat.png").exists()
 
 
-@pytest.mark.parametrize(("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("guidance.md", 2)])
+@pytest.mark.parametrize(("page", "count"), [("app.md", 1), ("convert.md", 2), ("evaluate.md", 3), ("guidance.md", 2)])
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
     monkeypatch.chdir(tmp_path)

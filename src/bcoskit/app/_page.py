@@ -176,7 +176,9 @@ class _Fields:
         news += [self.comparison, self.files]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
         self.page.load(self.open_first, controls, news, **quiet)
-        self.upload.upload(self.open_upload, [self.upload, *controls], [self.upload, *news], **quiet)
+        opened = self.upload.upload(self.open_upload, [self.upload, *controls], news, **quiet)
+        # Whether it could be opened or not, the field is free for the next one.
+        opened.then(lambda: None, None, self.upload, queue=False, api_visibility="private", show_progress="hidden")
         self.examples.click(self.open_example, controls, news, **quiet)
         self.classes.click(self.choose_class, [self.state, *controls], news, **quiet)
         for choice in (self.target, self.versus):
@@ -200,10 +202,10 @@ class _Fields:
 
     @answered
     def open_upload(self, data: bytes | None, *controls: Any) -> list[Any]:
-        """Show a photograph of the user's; the field is free for the next one."""
+        """Show a photograph of the user's."""
         if data is None:
             raise ValueError("choose an image")
-        return [None, *self._open(data, controls)]
+        return self._open(data, controls)
 
     @answered
     def open_example(self, event: gr.EventData, *controls: Any) -> list[Any]:
