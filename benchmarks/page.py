@@ -198,7 +198,9 @@ def ask_all(address: str, requests: Sequence[Request], clients: int, title: str)
     with ThreadPoolExecutor(clients) as pool:
         made = list(pool.map(lambda _: Client(address, verbose=False), range(clients)))
         parts = [
-            pool.submit(lambda client, part: [ask(client, request) for request in part], made[index], requests[index::clients])
+            pool.submit(
+                lambda client, part: [ask(client, request) for request in part], made[index], requests[index::clients]
+            )
             for index in range(clients)
         ]
         found = [part.result() for part in track(parts, title, transient=True)]
@@ -268,7 +270,8 @@ def measure(count: int, clients: int) -> dict[str, Any]:
             for each in harm:
                 each.result()
         disturbed = [
-            reference.error(request, answer) for request, (_, answer) in zip(requests[:32], others.result(), strict=True)
+            reference.error(request, answer)
+            for request, (_, answer) in zip(requests[:32], others.result(), strict=True)
         ]
         last = memory(process)
     latencies = sorted(latency for latency, _ in answers)
@@ -329,7 +332,9 @@ def take_screenshots(options: Sequence[str]) -> None:
             page = browser.new_page(viewport={"width": width, "height": height})
             page.goto(address)
             page.wait_for_selector(".bc-viewer")
-            page.click(".bc-viewer figure:nth-child(3) img", position={"x": 130 * width / 1440, "y": 122 * width / 1440})
+            page.click(
+                ".bc-viewer figure:nth-child(3) img", position={"x": 130 * width / 1440, "y": 122 * width / 1440}
+            )
             page.wait_for_selector(".bc-place strong")
             _save(page.screenshot(), IMAGES / f"{name}.png")
             if name == "app":

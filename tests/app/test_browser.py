@@ -10,7 +10,9 @@ import bcoskit
 from bcoskit.models import create_model
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'bcoskit[app]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright")
+from playwright import sync_api
+
 from bcoskit.app import ExplanationService, serve
 
 PHOTOGRAPHS = Path(bcoskit.__file__).parent / "assets" / "photographs"
@@ -41,7 +43,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as engine:
+    with sync_api.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -117,9 +119,9 @@ def test_bad_files_are_told_of_and_harm_nothing(open_tab, tmp_path):
     told = tab.locator(".toast-body", has_text="is no image of a known format")
     told.wait_for()
     assert "Traceback" not in told.inner_text()
-    (tmp_path / "large.png").write_bytes(bytes(1_500_000))
-    give(tab, tmp_path / "large.png")
-    tab.locator(".toast-body", has_text="exceeds the maximum").wait_for()
+    hostile.write_bytes(bytes(1_500_000))
+    give(tab, hostile)
+    tab.locator(".toast-body", has_text="exceed the maximum allowed size").wait_for()
     tab.locator("#examples button[data-index='9']").click()
     shows(tab, "ship")
 

@@ -50,7 +50,9 @@ class Server:
         ordinary = create_model("resnet20.standard_cifar10")
         self.folder, self._ready = folder, threading.Event()
         self.service = ExplanationService(model, ordinary, max_bytes=MAX_BYTES, max_pixels=1_000_000)
-        self._thread = threading.Thread(target=serve, args=(self.service,), kwargs={"port": 0, "ready": self._note}, daemon=True)
+        self._thread = threading.Thread(
+            target=serve, args=(self.service,), kwargs={"port": 0, "ready": self._note}, daemon=True
+        )
         self._thread.start()
         assert self._ready.wait(120)
 
@@ -240,7 +242,7 @@ class Tab:
         self._config = self._http.get("/config").json()
 
     def fire(self, element, event, *data, **event_data):
-        """The outputs of an event, or the message of its error."""
+        """The outputs of an event, or the note that it leaves on the page."""
         target = next(each["id"] for each in self._config["components"] if each["props"].get("elem_id") == element)
         index = next(each["id"] for each in self._config["dependencies"] if [target, event] in each["targets"])
         asked = {"data": data, "fn_index": index, "session_hash": self._session, "event_data": event_data or None}
@@ -248,6 +250,8 @@ class Tab:
         with self._http.stream("GET", f"/gradio_api/queue/data?session_hash={self._session}") as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}
+                if message.get("msg") == "log":
+                    return message["log"]
                 if message.get("msg") == "process_completed":
                     return message["output"].get("data", message["output"].get("error"))
         raise AssertionError("no answer")

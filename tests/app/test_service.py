@@ -74,9 +74,7 @@ class TestExplain:
         images = [CAT, SHIP]
         requests = [(images[index % 2], [None, 1, 7][index % 3], [None, 4][index % 5 == 0]) for index in range(24)]
         with ThreadPoolExecutor(12) as pool:
-            found = list(
-                pool.map(lambda r: service.explain(service.read(r[0]), r[1], r[2], shares=False), requests)
-            )
+            found = list(pool.map(lambda r: service.explain(service.read(r[0]), r[1], r[2], shares=False), requests))
         for (data, target, versus), explanation in zip(requests, found, strict=True):
             expected = bcoskit.explain(model, model.transform(data).unsqueeze(0), target, versus=versus)
             assert torch.equal(explanation.target, expected.target)
@@ -299,7 +297,9 @@ class TestHtml:
         assert [_html.number(value, 2) for value in (None, -1.5, 2)] == ["\N{EN DASH}", "\N{MINUS SIGN}1.50", "2.00"]
         assert _html.percent(0.125, sign=True) == "+12.5 %"
         shares = {f"layer{index}": float(index) for index in range(20)}
-        page = _html.numbers({"versus": None, "value": 1.0, "contributions": 1.0, "bias": 0.0, "shares": shares, "residual": 0.0})
+        page = _html.numbers(
+            {"versus": None, "value": 1.0, "contributions": 1.0, "bias": 0.0, "shares": shares, "residual": 0.0}
+        )
         assert page.count("<tr>") == 13
         assert "8 others" in page
         assert "+28.0000" in page

@@ -89,18 +89,37 @@ def in_event_loop(make: Callable[[], _Made]) -> _Made:
 
 
 def answered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose errors become a line on the page, without anything of a user's in its markup."""
+    """A function of the API, whose errors become one line."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except Exception as error:  # whatever it is, who has asked is told, and the server lives on
-            known = isinstance(error, (ValueError, NotLinearError))
-            message = str(error) if known else f"{type(error).__name__}: {error}"
-            raise gr.Error(escape(message[:600], quote=False), title=_FAILED, print_exception=False) from None
+            raise gr.Error(_line(error), title=_FAILED, print_exception=False) from None
 
     return call
+
+
+def shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What an event of the page does: an error becomes a note on the page, which stays as it is otherwise."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # whatever it is, who has asked is told, and the server lives on
+            gr.Warning(_line(error), title=_FAILED)
+            return gr.skip()
+
+    return call
+
+
+def _line(error: Exception) -> str:
+    """What an error says, without anything of a user's in its markup."""
+    known = isinstance(error, (ValueError, NotLinearError))
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    return escape(message[:600], quote=False)
 
 
 class _Fields:
@@ -195,19 +214,19 @@ class _Fields:
         )
         self.pack.click(self.download, [self.state, self.format], self.files, **quiet)
 
-    @answered
+    @shown
     def open_first(self, *controls: Any) -> list[Any]:
         """Show a photograph at the start, so that the page shows at once what it is for."""
         return self._open(dict(self.photographs)[_FIRST], controls)
 
-    @answered
+    @shown
     def open_upload(self, data: bytes | None, *controls: Any) -> list[Any]:
         """Show a photograph of the user's."""
         if data is None:
             raise ValueError("choose an image")
         return self._open(data, controls)
 
-    @answered
+    @shown
     def open_example(self, event: gr.EventData, *controls: Any) -> list[Any]:
         """Show a photograph of the package's."""
         return self._open(self.photographs[_index(event, "index", len(self.photographs))][1], controls)
@@ -216,30 +235,30 @@ class _Fields:
         photograph = self.service.read(data)
         return self._news(Shown(photograph, self.service.explain(photograph)), controls)
 
-    @answered
+    @shown
     def choose_class(self, event: gr.EventData, state: Shown | None, *controls: Any) -> list[Any]:
         """Explain the class of a button."""
         index = _index(event, "index", len(self.service.classes))
         return self._explained(_opened(state), index, None, controls)
 
-    @answered
+    @shown
     def choose(self, state: Shown | None, target: int | None, versus: int | None, *controls: Any) -> list[Any]:
         """Explain the class that is chosen, or its difference to another."""
         against = None if versus is None or versus == _NONE else int(versus)
         return self._explained(_opened(state), None if target is None else int(target), against, controls)
 
-    def _explained(self, shown: Shown, target: int | None, versus: int | None, controls: Sequence[Any]) -> list[Any]:
+    def _explained(self, tab: Shown, target: int | None, versus: int | None, controls: Sequence[Any]) -> list[Any]:
         return self._news(
-            Shown(shown.photograph, self.service.explain(shown.photograph, target, versus)),
+            Shown(tab.photograph, self.service.explain(tab.photograph, target, versus)),
             controls,
         )
 
-    def _news(self, shown: Shown, controls: Sequence[Any]) -> list[Any]:
-        told = figures(self.service, shown.explanation)
+    def _news(self, tab: Shown, controls: Sequence[Any]) -> list[Any]:
+        told = figures(self.service, tab.explanation)
         target, versus = told["target"]["index"], None if told["versus"] is None else told["versus"]["index"]
         return [
-            shown,
-            self._viewed(shown, controls),
+            tab,
+            self._viewed(tab, controls),
             _html.class_list(told["classes"], target, versus),
             target,
             _NONE if versus is None else versus,
@@ -249,38 +268,38 @@ class _Fields:
             "",
         ]
 
-    def _viewed(self, shown: Shown, controls: Sequence[Any]) -> str:
+    def _viewed(self, tab: Shown, controls: Sequence[Any]) -> str:
         over, opacity, smooth, percentile = controls
         chosen = Controls(bool(over), float(opacity), int(smooth), float(percentile))
-        pictures = panels(self.service, shown.photograph, shown.explanation, chosen)
-        told = figures(self.service, shown.explanation)
-        return _html.viewer(pictures, shown.explanation.contributions[0], told["value"], _html.subject(told))
+        pictures = panels(self.service, tab.photograph, tab.explanation, chosen)
+        told = figures(self.service, tab.explanation)
+        return _html.viewer(pictures, tab.explanation.contributions[0], told["value"], _html.subject(told))
 
-    @answered
+    @shown
     def draw(self, state: Shown | None, *controls: Any) -> Any:
         """Draw what is shown with other controls."""
         return gr.skip() if state is None else self._viewed(state, controls)
 
-    @answered
+    @shown
     def point(self, event: gr.EventData, state: Shown | None, smooth: int) -> str:
         """Tell what a place contributes."""
-        shown = _opened(state)
-        height, width = shown.explanation.contributions.shape[-2:]
+        tab = _opened(state)
+        height, width = tab.explanation.contributions.shape[-2:]
         row, column = _index(event, "row", height), _index(event, "column", width)
-        return _html.place(place_figures(shown.explanation, row, column, int(smooth)))
+        return _html.place(place_figures(tab.explanation, row, column, int(smooth)))
 
-    @answered
+    @shown
     def compare_methods(self, state: Shown | None, methods: list[str], smooth: int, progress: Any = _PROGRESS) -> str:
         """Show what other methods say, and what they say of the ordinary network."""
-        shown = _opened(state)
-        target = int(figures(self.service, shown.explanation)["target"]["index"])
+        tab = _opened(state)
+        target = int(figures(self.service, tab.explanation)["target"]["index"])
         rows: dict[str, list[tuple[str, Image.Image | str]]] = {}
         networks = [(False, f"{self.service.model.name}, B-cos")]
         if self.service.ordinary is not None:
             networks.append((True, f"{self.service.ordinary.name}, ordinary"))
         jobs = [(ordinary, title, method) for ordinary, title in networks for method in ("bcos", *methods)]
         for ordinary, title, method in progress.tqdm(jobs, desc="Comparing"):
-            rows.setdefault(title, []).append(self._compared(shown.photograph, target, method, ordinary, int(smooth)))
+            rows.setdefault(title, []).append(self._compared(tab.photograph, target, method, ordinary, int(smooth)))
         return _html.comparison(rows, self.service.classes[target]) + self.hint
 
     def _compared(
@@ -292,15 +311,15 @@ class _Fields:
         except (ValueError, NotLinearError) as error:  # a method that does not fit this network says so in its place
             return title, str(error)[:300]
 
-    @answered
+    @shown
     def download(self, state: Shown | None, format: str) -> str:
         """Offer the picture and the data of what is shown."""
-        shown = _opened(state)
-        picture = png(sheet(self.service, shown.photograph, shown.explanation))
+        tab = _opened(state)
+        picture = png(sheet(self.service, tab.photograph, tab.explanation))
         return _html.downloads(
             [
                 ("explanation.png", "image/png", picture),
-                (f"explanation.{format}", "application/octet-stream", saved(shown.explanation, format)),
+                (f"explanation.{format}", "application/octet-stream", saved(tab.explanation, format)),
             ]
         )
 
