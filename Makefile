@@ -1,4 +1,4 @@
-# `make app` opens a page that explains photographs; `make demo` explains the photographs that ship; `make test` runs the tests.
+# `make app` opens a page that explains photographs, `make demo` explains those that ship, `make test` runs the tests.
 # The first call makes the environment: some minutes, and about 6 GB where torch comes with CUDA.
 
 VENV ?= .venv

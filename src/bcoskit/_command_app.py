@@ -4,6 +4,7 @@ import ipaddress
 import sys
 import webbrowser
 from collections.abc import Callable
+from threading import Thread
 
 from rich.console import Console
 
@@ -81,8 +82,8 @@ def _told(host: str, open: bool) -> Callable[[str, Callable[[], None]], None]:
             )
         sys.stdout.write(f"The page is at {address} (Ctrl-C ends it)\n")
         sys.stdout.flush()
-        if open:
-            webbrowser.open(address)
+        if open:  # what opens may last as long as its window
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     return told
 
