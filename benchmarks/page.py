@@ -332,26 +332,19 @@ def take_screenshots(options: Sequence[str]) -> None:
             page = browser.new_page(viewport={"width": width, "height": height})
             page.goto(address)
             page.wait_for_selector(".bc-viewer")
-            page.click(
-                ".bc-viewer figure:nth-child(3) img", position={"x": 130 * width / 1440, "y": 122 * width / 1440}
-            )
+            picture = page.locator(".bc-viewer figure:nth-child(3) img")
+            picture.scroll_into_view_if_needed()
+            box = picture.bounding_box()
+            assert box is not None
+            picture.click(position={"x": 0.36 * box["width"], "y": 0.36 * box["height"]})
             page.wait_for_selector(".bc-place strong")
-            _save(page.screenshot(), IMAGES / f"{name}.png")
+            page.screenshot(path=IMAGES / f"{name}.png")
             if name == "app":
                 page.get_by_role("tab", name="Compare").click()
                 page.click("#compare")
                 page.wait_for_selector(".bc-compare", timeout=120_000)
-                _save(page.locator(".bc-compare").screenshot(), IMAGES / "app_compare.png")
+                page.locator(".bc-compare").screenshot(path=IMAGES / "app_compare.png")
         browser.close()
-
-
-def _save(picture: bytes, path: Path) -> None:
-    """A screenshot in 256 colours, a third of its bytes."""
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        file.write(picture)
-        file.flush()
-        with Image.open(file.name) as image:
-            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:

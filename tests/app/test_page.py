@@ -354,8 +354,11 @@ class TestCommand:
             line = process.stdout.readline()
             assert re.fullmatch(r"The page is at http://0\.0\.0\.0:\d+ \(Ctrl-C ends it\)\n", line)
             assert [path.stat().st_mode & 0o777 for path in tmp_path.glob("bcoskit-app-*")] == [0o700]
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            port = re.findall(r":(\d+) ", line)[0]
+            with httpx.stream("GET", f"http://127.0.0.1:{port}/gradio_api/heartbeat/tab", timeout=60) as heartbeat:
+                next(heartbeat.iter_raw())  # as an open page does
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert errors.splitlines()[0].startswith("warning: 0.0.0.0 may be reached by others")
         assert errors.splitlines()[1:] == ["stopped"]

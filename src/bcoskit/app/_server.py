@@ -1,5 +1,6 @@
 """The page on an address."""
 
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from bcoskit.app._limits import Limits
 from bcoskit.app._page import asset, in_event_loop, make_page
 from bcoskit.app._service import ExplanationService
 
+_LOGGER = logging.getLogger("uvicorn.error")
 _GRACE = 2  # seconds that open connections have when the server ends
 
 
@@ -53,6 +55,7 @@ def serve(
         except KeyboardInterrupt:
             pass
         finally:
+            _LOGGER.setLevel(logging.ERROR)
             service.close()
 
 
@@ -83,6 +86,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.when_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        _LOGGER.setLevel(logging.CRITICAL)  # connections that open pages keep are cut, which is no error
+        await super().shutdown(sockets)
 
     def stop(self) -> None:
         self.should_exit = True
