@@ -196,7 +196,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def ask_all(address: str, requests: Sequence[Request], clients: int, title: str) -> list[tuple[float, dict[str, Any]]]:
     """All requests, by so many clients at once, in order."""
     with ThreadPoolExecutor(clients) as pool:
-        made = list(pool.map(lambda _: Client(address, verbose=False), range(clients)))
+        made = list(pool.map(lambda _: Client(address, verbose=False, httpx_kwargs={"timeout": 60}), range(clients)))
         parts = [
             pool.submit(
                 lambda client, part: [ask(client, request) for request in part], made[index], requests[index::clients]
@@ -240,7 +240,9 @@ def break_off_an_upload(address: str) -> None:
 def refused(address: str, image: Path) -> str:
     """What is said of an image with too many pixels."""
     try:
-        Client(address, verbose=False).predict(handle_file(str(image)), "", "", False, "none", api_name="/explain")
+        Client(address, verbose=False, httpx_kwargs={"timeout": 60}).predict(
+            handle_file(str(image)), "", "", False, "none", api_name="/explain"
+        )
     except AppError as error:
         return str(error)
     raise RuntimeError(f"{image.name} was taken")
@@ -317,7 +319,7 @@ def markdown(figures: dict[str, Any]) -> str:
         "An answer is right if all of its numbers are those of `bcoskit.explain` on the same image, to 1e-5 of the "
         "largest. Latency is that of a client which waits for seven others, with the upload, on one machine with them. "
         "Harm is a client killed while eight of its requests are answered, an upload broken off, and an image of 100 "
-        "megapixels.\n"
+        "megapixels. Times are those of a machine that other programs used as well.\n"
     )
 
 
