@@ -1,11 +1,14 @@
-# `make demo` explains the photographs that ship; `make test` runs the tests.
+# `make app` opens a page that explains photographs, `make demo` explains those that ship, `make test` runs the tests.
 # The first call makes the environment: some minutes, and about 6 GB where torch comes with CUDA.
 
 VENV ?= .venv
 # The first of these that is new enough makes the environment.
 PYTHON ?= python3.11 python3
 
-.PHONY: demo test check clean
+.PHONY: app demo test check clean
+
+app: $(VENV)/.installed
+	$(VENV)/bin/bcoskit app --open
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/bcoskit explain src/bcoskit/assets/photographs --top 2 --out demo/out

@@ -17,6 +17,8 @@ HEAVY = {"torch", "numpy", "PIL", "lightning", "matplotlib", "rich", "timm", "to
 
 ONLY_IN = {
     "captum": {"evaluation"},
+    "fastapi": {"app"},
+    "gradio": {"app"},
     "lightning": {"training"},
     "matplotlib": {"evaluation"},
     "onnx": {"export"},
@@ -25,7 +27,9 @@ ONLY_IN = {
     "onnxscript": {"export"},
     "skimage": {"evaluation"},
     "sklearn": {"evaluation"},
+    "starlette": {"app"},
     "torchmetrics": {"evaluation", "training"},
+    "uvicorn": {"app"},
 }
 
 # From the bottom to the top: a module imports from its own level and from below.
@@ -40,8 +44,8 @@ LEVELS = [
     {"_explain", "models"},
     {"_audit", "_compile_explain", "evaluation", "gallery", "training", "_command_pictures"},
     {"export"},
-    {"_command_audit", "_command_evaluate", "_command_export", "_command_models", "_command_report"},
-    {"_command_explain"},
+    {"app", "_command_audit", "_command_evaluate", "_command_export", "_command_models", "_command_report"},
+    {"_command_app", "_command_explain"},
     {"cli"},
     {"__main__"},
 ]
@@ -115,6 +119,7 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("export.md", 2), ("guidance.md", 2)]
 )
+@pytest.mark.parametrize(("page", "count"), [("app.md", 1), ("convert.md", 2), ("evaluate.md", 3), ("guidance.md", 2)])
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
     monkeypatch.chdir(tmp_path)

@@ -64,6 +64,13 @@ def _export() -> Callable[..., int]:
     return export_model
 
 
+def _app() -> Callable[..., int]:
+    try:
+        return importlib.import_module("bcoskit._command_app").show_app
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the page needs {error.name}: pip install "bcoskit[app]"') from error
+
+
 def _models() -> Callable[..., int]:
     from bcoskit._command_models import show_models
 
@@ -95,6 +102,7 @@ COMMANDS = {
     "evaluate": Command("Measure accuracy and the quality of explanations.", _evaluate, ("model", "one"), True),
     "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),
     "export": Command("Write a network with its explanation as an ONNX file.", _export, ("model", "one")),
+    "app": Command("Show a page in the browser that explains photographs.", _app),
     "models": Command("List the networks that are known by name.", _models, ("pattern", "?")),
 }
 
