@@ -1,0 +1,88 @@
+"""Every block of code of README and documentation is executed, and the notebooks are."""
+
+import json
+from pathlib import Path
+
+import pytest
+from documentation import PAGES, ROOT, blocks, check_inline, execute
+
+from bcoskit.dynamic._mode import RULES
+
+EXECUTED = ("python", "console", "text")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with what pages read; whatever rules a page registers are gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("src", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rules = dict(RULES)
+    yield tmp_path
+    RULES.clear()
+    RULES.update(rules)
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+WITH_CODE = [page for page in PAGES if blocks(page.read_text())]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=_name)
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+def test_code_of_a_page_runs(page, folder):
+    markdown = page.read_text()
+    counts = execute(_name(page), markdown)
+    assert counts["python"] == markdown.count("```python\n")
+    assert sum(counts.values()) >= len(blocks(markdown))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_commands_in_sentences_have_their_options(page):
+    check_inline(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("block", "error", "message"),
+    [
+        ("```python\n1 / 0\n```", ZeroDivisionError, "division"),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```", AssertionError, None),
+        ("- of a list:\n\n  ```python\n  1 / 0\n  ```", ZeroDivisionError, "division"),
+        ("```ruby\nputs 1\n```", AssertionError, "page:2: there is no rule for blocks of 'ruby'"),
+        ("```\nx = 1\n```", AssertionError, "no rule for blocks of ''"),
+        ("```python\n1 / 0\n", AssertionError, "1 fences make 0 blocks"),
+        ("```console\n$ bcoskit explain FILE --tpo 2\n```", AssertionError, "exit code 2"),
+        ("```console\n$ bcoskit train --data DATA --out OUT --loss.kin bce\n```", AssertionError, "exit code 2"),
+        ("```console\n$ bcoskit explain nothing.jpg\n```", AssertionError, "exit code 2"),
+        ("```console\n$ bcoskit nothing FILE\n```", AssertionError, "no command 'nothing'"),
+        ("```console\n$ torchrun --no-python bcoskit explain FOLDER --nothing\n```", AssertionError, "exit code 2"),
+        ("```console\nmake nothing\n```", AssertionError, "no target"),
+        ("```console\n$ pip install 'bcoskit[nothing]'\n```", AssertionError, "no extra"),
+        ("```console\n$ python benchmarks/nothing.py\n```", AssertionError, "there is no benchmarks/nothing.py"),
+        ("```console\n$ python benchmarks/bulk.py --nothing 3\n```", AssertionError, "has no option --nothing"),
+        ("```console\n$ nothing\n```", AssertionError, "no rule for the program 'nothing'"),
+    ],
+)
+def test_a_broken_block_is_found(block, error, message, folder):
+    with pytest.raises(error, match=message):
+        execute("page", block)
+
+
+@pytest.mark.parametrize("sentence", ["`bcoskit explain --tpo 2`", "`python benchmarks/bulk.py --nothing`"])
+def test_a_broken_sentence_is_found(sentence):
+    with pytest.raises(AssertionError, match="has no option"):
+        check_inline(f"What {sentence} does.")
+
+
+def test_what_is_run_and_what_is_parsed(folder):
+    page = """
+```console
+$ bcoskit models '*vit*' > list  # run
+$ bcoskit models MODEL
+$ bcoskit explain a.jpg --model resnet18.bcos_v2_in1k
+```
+"""
+    assert execute("page", page) == {"python": 0, "run": 1, "parsed": 2, "shown": 0}
