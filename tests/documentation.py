@@ -26,6 +26,7 @@ LASTING = {"app"}  # commands that serve until they are stopped
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
 _INLINE = re.compile(r"`([^`\n]+)`")
+_NETWORK = re.compile(r"[a-z0-9_]+\.(bcos|standard|he)[\w-]*")
 _BENCHMARK = re.compile(r"python (benchmarks/\w+\.py)([^`\n]*)")
 
 
@@ -86,6 +87,8 @@ def execute_command(command: str) -> str:
     program = words[0] if words else ""
     check = _PROGRAMS.get(program)
     assert check is not None, f"there is no rule for the program {program!r}"
+    unknown = [word for word in words if _NETWORK.fullmatch(word) and word not in list_models()]
+    assert not unknown, f"there is no network {unknown[0]!r}"
     return check(words)
 
 

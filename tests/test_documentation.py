@@ -59,6 +59,7 @@ def test_commands_in_sentences_have_their_options(page):
         ("```console\n$ bcoskit explain nothing.jpg\n```", AssertionError, "exit code 2"),
         ("```console\n$ bcoskit nothing FILE\n```", AssertionError, "no command 'nothing'"),
         ("```console\n$ torchrun --no-python bcoskit explain FOLDER --nothing\n```", AssertionError, "exit code 2"),
+        ("```console\n$ bcoskit explain FILE --model resnet18.bcos_v9_in1k\n```", AssertionError, "no network 'resnet18"),
         ("```console\nmake nothing\n```", AssertionError, "no target"),
         ("```console\n$ pip install 'bcoskit[nothing]'\n```", AssertionError, "no extra"),
         ("```console\n$ python benchmarks/nothing.py\n```", AssertionError, "there is no benchmarks/nothing.py"),
