@@ -5,7 +5,7 @@ VENV ?= .venv
 # The first of these that is new enough makes the environment.
 PYTHON ?= python3.11 python3
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/bcoskit explain src/bcoskit/assets/photographs --top 2 --out demo/out
@@ -21,8 +21,13 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Pages to read offline: site/index.html. Warnings are errors (`strict` in mkdocs.yml).
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build --quiet
+
 clean:
-	rm -rf demo/out dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf demo/out dist site .hypothesis .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,5 +39,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	echo "bcoskit needs Python 3.11 or newer, and none of these is: $(PYTHON). Name one: make PYTHON=/path/to/python" >&2; \
 	exit 1
 	$(VENV)/bin/python -m pip install -q -U 'pip>=25.1'
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]' --group dev
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]' --group dev --group docs
 	@touch $@

@@ -60,7 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             uri = target.relative_to(ROOT / "docs").as_posix()
         else:
             return match[0]
-        return f"]({os.path.relpath(uri, os.path.dirname(here) or '.')}{match[2] or ''})"
+        return f"]({os.path.relpath(uri, Path(here).parent)}{match[2] or ''})"
 
     return _LINK.sub(linked, markdown)
 
