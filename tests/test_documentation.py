@@ -150,7 +150,7 @@ def test_a_page_that_fetches_from_elsewhere_is_refused(hooks, page):
     from mkdocs.exceptions import PluginError
 
     file = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
-    with pytest.raises(PluginError, match="page.md fetches from elsewhere"):
+    with pytest.raises(PluginError, match=r"page\.md fetches from elsewhere"):
         hooks.on_post_page(f"<html>{page}</html>", file, None)
     near = '<a href="https://elsewhere">read</a><img src="data:image/png;base64,AA//"><script src="../a.js"></script>'
     assert hooks.on_post_page(near, file, None) == near
