@@ -21,10 +21,10 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# Pages to read offline: site/index.html. Warnings are errors (`strict` in mkdocs.yml).
+# Pages to read offline: site/index.html. Warnings are errors (`strict` in mkdocs.yml; `--quiet` would hide them from it).
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed
-	$(VENV)/bin/mkdocs build --quiet
+	$(VENV)/bin/mkdocs build
 
 clean:
 	rm -rf demo/out dist site .hypothesis .pytest_cache .ruff_cache

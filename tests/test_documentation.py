@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import bcoskit
+from bcoskit import cli
 from bcoskit.dynamic._mode import RULES
 from documentation import PAGES, ROOT, blocks, check_inline, execute
 
@@ -91,6 +94,25 @@ $ bcoskit explain a.jpg --model resnet18.bcos_v2_in1k
 ```
 """
     assert execute("page", page) == {"python": 0, "run": 1, "parsed": 2, "shown": 0}
+
+
+def documented() -> set[str]:
+    """The public addresses that the reference has: each by itself, or with all of its module."""
+    found: set[str] = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for address in re.findall(r"^::: (bcoskit[\w.]*)", page.read_text(), flags=re.M):
+            found.add(address)
+            place = Path(ROOT, "src", *address.split("."))
+            if place.is_dir() or place.with_suffix(".py").is_file():
+                found.update(f"{address}.{name}" for name in importlib.import_module(address).__all__)
+    return found
+
+
+def test_the_reference_has_every_public_name():
+    short = {address.rpartition(".")[2] for address in documented()}
+    assert set(bcoskit.__all__) - short == {"__version__"}
+    commands = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert all(f'heading: "bcoskit {name}"' in commands for name in cli.COMMANDS)
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
