@@ -71,6 +71,7 @@ def test_commands_in_sentences_have_their_options(page):
         ("```console\n$ pip install 'bcoskit[nothing]'\n```", AssertionError, "no extra"),
         ("```console\n$ python benchmarks/nothing.py\n```", AssertionError, "there is no benchmarks/nothing.py"),
         ("```console\n$ python benchmarks/bulk.py --nothing 3\n```", AssertionError, "has no option --nothing"),
+        ("```console\n$ python -m nothing\n```", AssertionError, "there is no module nothing"),
         ("```console\n$ nothing\n```", AssertionError, "no rule for the program 'nothing'"),
     ],
 )
