@@ -5,7 +5,7 @@ VENV ?= .venv
 # The first of these that is new enough makes the environment.
 PYTHON ?= python3.11 python3
 
-.PHONY: app demo test check clean
+.PHONY: app demo test check docs clean
 
 app: $(VENV)/.installed
 	$(VENV)/bin/bcoskit app --open
@@ -24,8 +24,13 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Pages to read offline: site/index.html. Warnings are errors (`strict` in mkdocs.yml; `--quiet` would hide them from it).
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build
+
 clean:
-	rm -rf demo/out dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf demo/out dist site .hypothesis .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -37,5 +42,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	echo "bcoskit needs Python 3.11 or newer, and none of these is: $(PYTHON). Name one: make PYTHON=/path/to/python" >&2; \
 	exit 1
 	$(VENV)/bin/python -m pip install -q -U 'pip>=25.1'
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]' --group dev
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]' --group dev --group docs
 	@touch $@

@@ -76,7 +76,7 @@ def report() -> None:
     head = [
         "# Pretrained CIFAR-10 ResNets, converted and fine-tuned",
         "",
-        (__doc__ or "").partition("\n\n")[2].strip(),
+        (__doc__ or "").partition("\n\n")[2].strip("\n"),
         "",
     ]
     foot = ["", "![Curves](conversion.png)"]

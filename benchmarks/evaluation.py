@@ -139,7 +139,7 @@ def finished(name: str, method: str) -> dict[str, Any] | None:
 def report(options: argparse.Namespace) -> None:
     """The results as JSON, tables and figures."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = ["# Explanations measured", "", *(__doc__ or "").partition("\n\n")[2].strip().splitlines(), ""]
+    lines = ["# Explanations measured", "", *(__doc__ or "").partition("\n\n")[2].strip("\n").splitlines(), ""]
     collected: dict[str, Any] = {}
     for name, subject in subjects(options).items():
         found = {method: summary for method in subject.methods if (summary := finished(name, method))}

@@ -1,8 +1,7 @@
-"""The package as a whole: what it imports and when, its public names, and the README's snippets."""
+"""The package as a whole: what it imports and when, and its public names."""
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,27 +103,3 @@ def test_imports_go_one_way(file):
     assert all(LEVEL[name] <= LEVEL[part] for name in ours), ours
     if part in {"data", "viz"}:
         assert ours <= {part}
-
-
-def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "src").symlink_to(ROOT / "src")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 6
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert (tmp_path / "cat.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("page", "count"), [("convert.md", 2), ("evaluate.md", 3), ("export.md", 2), ("guidance.md", 2)]
-)
-@pytest.mark.parametrize(("page", "count"), [("app.md", 1), ("convert.md", 2), ("evaluate.md", 3), ("guidance.md", 2)])
-@pytest.mark.filterwarnings("ignore::UserWarning:captum")
-def test_snippets_of_the_documentation_run(tmp_path, monkeypatch, page, count):
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
-    assert len(snippets) == count
-    names: dict[str, object] = {}
-    for snippet in snippets:  # one goes on where another ends
-        exec(compile(snippet, page, "exec"), names)
