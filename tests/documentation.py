@@ -160,7 +160,9 @@ def _pip(words: list[str]) -> str:
 
 
 def _python(words: list[str]) -> str:
-    if words[1] == "-m":
+    if words[1] == "-c":
+        compile(words[2], "-c", "exec")
+    elif words[1] == "-m":
         assert importlib.util.find_spec(words[2]) is not None, f"there is no module {words[2]}"
     else:
         check_script(words[1], " ".join(words[2:]))
