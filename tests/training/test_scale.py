@@ -1,6 +1,7 @@
 """Training on several processes, in half precision, with recomputed stages, and after power cuts."""
 
 import copy
+import io
 import os
 import resource
 import signal
@@ -9,13 +10,18 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from bcoskit.data import open_dataset
 from bcoskit.models import create_model
 from bcoskit.nn import BatchNorm
-from bcoskit.training import Hardware, Loading, Optimization, train
-from training_runs import same_weights, state_of, write_images
+from bcoskit.training import Augmentation, Hardware, Loading, Loss, Optimization, train
+from training_runs import COLORS, break_off, same_weights, state_of, write_images
 
 PLAIN = {"epochs": 1, "batch_size": 8, "compile_step": False, "hardware": Hardware("cpu")}
 SGD = Optimization("sgd")
@@ -202,9 +208,6 @@ def test_images_on_disk_train_what_images_in_memory_train(data, tmp_path):
 
 
 def test_crops_of_images_on_disk_are_those_of_a_run_that_was_not_cut_off(data, tmp_path, monkeypatch):
-    from bcoskit.training import Augmentation
-    from training_runs import break_off
-
     options = PLAIN | {
         "epochs": 2,
         "loading": Loading("disk", workers=1),
@@ -256,3 +259,47 @@ def test_devices_that_are_not_there(data, tmp_path):
     with pytest.raises(ValueError, match=r"`hardware`.*is not to be had"):
         train(data, out=tmp_path / "run", **PLAIN | {"hardware": Hardware("tpu")})
     assert not (Path(tmp_path) / "run" / "checkpoints").exists()
+
+
+def write_several(folder):
+    """Images with a red half, a green half, both or none, and the names of these."""
+    folder.mkdir()
+    for split, count in (("train", 16), ("test", 8)):
+        rows = {"image": [], "labels": []}
+        for index in range(count):
+            pixels = np.full((32, 32, 3), 40 + index, np.uint8)
+            names = [name for bit, name in enumerate(("red", "green")) if index >> bit & 1]
+            for name in names:
+                half = slice(0, 16) if name == "red" else slice(16, 32)
+                pixels[:, half] = COLORS[name]
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            rows["image"].append(buffer.getvalue())
+            rows["labels"].append(names)
+        pq.write_table(pa.table(rows), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_images_of_several_classes(tmp_path):
+    data = write_several(tmp_path / "data")
+    figures = train(data, out=tmp_path / "run", **PLAIN | {"epochs": 12})
+    assert figures["test_mean_average_precision"] > 0.8
+    model = create_model(tmp_path / "run" / "model.safetensors")
+    assert model.classes == ("green", "red")
+    images = open_dataset(data, "test", model.transform)
+    with torch.no_grad():
+        decisions = model(torch.stack([x for x, _ in images])) > 0
+    assert figures["test_accuracy"] == pytest.approx(float((decisions == images.labels).double().mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": Loss("cross_entropy")}, "`loss.kind`"),
+        ({"augmentation": Augmentation(mixup=0.2)}, "`augmentation.mixup`"),
+        ({"watch_every": 1}, "`watch_every`"),
+    ],
+)
+def test_what_images_of_several_classes_do_not_allow(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(write_several(tmp_path / "data"), out=tmp_path / "run", **PLAIN | options)
