@@ -3,7 +3,9 @@
     python benchmarks/processes.py [--rounds 3]
 
 Both train the B-cos ResNet-20 that ships on generated images, 64 images a step and process, one thread each, not
-compiled; what counts is the time of two more epochs, so that starting does not. Writes `benchmarks/results/processes.*`.
+compiled; what counts is the time of two more epochs, so that starting does not.
+
+Writes `benchmarks/results/processes.*`.
 """
 
 import argparse
@@ -57,8 +59,8 @@ def main() -> None:
         "# Two processes",
         "",
         f"A training on two processes (gloo) has {ratio:.2f} times the throughput of one process on one core: "
-        f"{', '.join(f'{value:.2f}' for value in sorted(ratios))} in {options.rounds} rounds in alternation, on two cores "
-        "of an AMD EPYC.",
+        f"{', '.join(f'{value:.2f}' for value in sorted(ratios))} in {options.rounds} rounds in alternation, "
+        "on two cores of an AMD EPYC.",
         "",
         "    python benchmarks/processes.py",
         "",
