@@ -191,7 +191,7 @@ def align(
             split is measured on. Of images without splits every tenth is held out for that. Labels are never learnt
             from; where they are those of the teacher's classes, the accuracy is measured.
         out: Folder of the run.
-        teacher: Name of an ordinary network: `timm/NAME`, or one of this package.
+        teacher: Name of an ordinary network: `timm/NAME`, or one of this package; or a `.safetensors` file of one.
         weights: Its weights: "pretrained" for the ones that go with its name, "fresh" for none, or a file.
         convert: The preset by which the student is made.
         b: Exponent of the student; that of the preset if None.
@@ -216,7 +216,7 @@ def align(
         ConnectionError: If weights cannot be downloaded.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    row = model_row(teacher)
+    row = model_row(teacher, given(weights))
     if cast("str", convert) == "none":
         raise ValueError("`convert` (='none') leaves nothing to be learnt: the student would be the teacher")
     config = conversion(convert, b, False, gradual)
@@ -225,7 +225,7 @@ def align(
     if train_size is None:
         train_size = row.transform.size
     settings: dict[str, Any] = {
-        "teacher": row.name,
+        "teacher": teacher,
         "weights": weights,
         "convert": convert,
         "b": b,
@@ -244,7 +244,7 @@ def align(
     check_unchanged(settings, before, out)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        original = create_model(row.name, weights=given(weights))
+        original = create_model(teacher, weights=given(weights))
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
