@@ -62,9 +62,10 @@ def model_row(name: str | os.PathLike[str], weights: bool | str | os.PathLike[st
         WeightsError: If the file is missing or corrupt, or is of another network.
         ConnectionError: If weights cannot be downloaded.
     """
-    path, row = _sources(name, weights)
-    if path is None:
-        return row
+    sources = _sources(name, weights)
+    if sources[0] is None:
+        return sources[1]
+    path, row = sources
     return _row_of(path, row, read_container(path))
 
 
@@ -114,10 +115,10 @@ def create_model(
             network.
         ConnectionError: If weights cannot be downloaded.
     """
-    path, row = _sources(name, weights)
-    if path is not None:
-        return _from_file(path, row, num_classes, in_channels)
-    row = row.with_classes(num_classes).with_channels(in_channels)
+    sources = _sources(name, weights)
+    if sources[0] is not None:
+        return _from_file(*sources, num_classes, in_channels)
+    row = sources[1].with_classes(num_classes).with_channels(in_channels)
     return _pretrained(row) if weights else _filled(_skeleton(row), {})
 
 

@@ -63,7 +63,10 @@ class Freezing(lightning.Callback):
 
     def __init__(self, network: Network, tuning: FineTuning) -> None:
         self.epochs = tuning.frozen_epochs
-        self._modules, self._parameters = _until(network, tuning.frozen)
+        self._modules, learning = _until(network, tuning.frozen)
+        # By their places: where weights are shared out over processes, others take the place of these.
+        places = (path.rpartition(".") for path in learning)
+        self._parameters = [(network.get_submodule(path), name) for path, _, name in places]
         if self.epochs is None:  # before there is an optimiser, which then never hears of them
             self._set(True)
 
@@ -72,21 +75,21 @@ class Freezing(lightning.Callback):
         self._set(self.epochs is None or trainer.current_epoch < self.epochs)
 
     def _set(self, frozen: bool) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(not frozen)
+        for module, name in self._parameters:
+            module.get_parameter(name).requires_grad_(not frozen)
         for module in self._modules:
             module.training = not frozen
 
 
-def _until(network: Network, frozen: int | str) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The modules that `FineTuning.frozen` names, and what of them would learn."""
+def _until(network: Network, frozen: int | str) -> tuple[list[nn.Module], list[str]]:
+    """The modules that `FineTuning.frozen` names, and the paths of what of them would learn."""
     if frozen == 0:
         return [], []
     order, ends = _places(network)
     cut = ends[_last(network, frozen)]
-    parameters = {path: each for path, each in network.named_parameters() if each.requires_grad}
-    kept = [each for path, each in parameters.items() if order[path.rpartition(".")[0]] <= cut]
-    if len(kept) == len(parameters):
+    learning = [path for path, each in network.named_parameters() if each.requires_grad]
+    kept = [path for path in learning if order[path.rpartition(".")[0]] <= cut]
+    if len(kept) == len(learning):
         raise ValueError(f"`frozen` (={frozen!r}) leaves nothing of {network.name!r} that learns")
     return [module for path, module in network.named_modules() if ends[path] <= cut], kept
 
