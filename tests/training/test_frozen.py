@@ -2,11 +2,13 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
 
+import bcoskit
 from bcoskit import cli
 from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.models import create_model, model_row, save_model
@@ -221,12 +223,29 @@ class TestStart:
         assert (settings["model"], settings["weights"]) == (NAME, str(weights))
         assert settings["fine_tuning"] == asdict(FineTuning())
 
-    def test_the_same_number_of_classes_keeps_the_head(self, data, tmp_path, weights):
+    @pytest.mark.parametrize("fresh", [False, True])
+    def test_the_same_number_of_classes_keeps_the_head_if_it_is_not_to_be_fresh(self, data, tmp_path, weights, fresh):
         network = create_model(weights, num_classes=2)
         save_model(network, tmp_path / "two.safetensors", classes=("x", "y"))
-        tune(data, tmp_path / "run", tmp_path / "two.safetensors", epochs=1, learning_rate=1e-12)
-        tuned = state_of(tmp_path / "run")["head.conv.weight"]
-        assert torch.allclose(tuned, network.state_dict()["head.conv.weight"], atol=1e-6)
+        tuning = FineTuning(fresh_head=fresh)
+        with nullcontext() if fresh else pytest.warns(UserWarning, match="`fresh_head`"):
+            tune(
+                data, tmp_path / "run", tmp_path / "two.safetensors", epochs=1, learning_rate=1e-12, fine_tuning=tuning
+            )
+        tuned, before = state_of(tmp_path / "run"), network.state_dict()
+        same = [
+            key
+            for key in moving(weights)
+            if "running" not in key and torch.allclose(tuned[key], before[key], atol=1e-6)
+        ]
+        assert len(same) == 16
+        assert torch.allclose(tuned["head.conv.weight"], before["head.conv.weight"], atol=1e-6) != fresh
+        assert create_model(tmp_path / "run" / "model.safetensors").classes == ("green", "red")
+
+    def test_a_fused_network_is_not_trained(self, data, tmp_path, weights):
+        save_model(bcoskit.fuse(create_model(weights)), tmp_path / "fused.safetensors")
+        with pytest.raises(ValueError, match="holds a fused network"):
+            tune(data, tmp_path / "run", tmp_path / "fused.safetensors")
 
     def test_weights_that_go_with_a_name(self, data, tmp_path):
         name = "resnet20.bcos_cifar10"

@@ -12,11 +12,12 @@ from torchvision.transforms import v2
 
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
-from bcoskit.models import Network, create_model, model_row, save_model
+from bcoskit.models import Network, create_model, save_model
 from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
 from bcoskit.training._run import Conversion, as_network, conversion, given, loaded
+from bcoskit.training._start import row_before
 
 _EVERY = 10  # of images without splits, every tenth is held out to measure on
 
@@ -216,7 +217,7 @@ def align(
         ConnectionError: If weights cannot be downloaded.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    row = model_row(teacher, given(weights))
+    row = row_before(teacher, given(weights))
     if cast("str", convert) == "none":
         raise ValueError("`convert` (='none') leaves nothing to be learnt: the student would be the teacher")
     config = conversion(convert, b, False, gradual)

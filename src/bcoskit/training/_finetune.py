@@ -27,6 +27,7 @@ class FineTuning:
         frozen_epochs: Epochs for which that holds; None for the whole run.
         layer_decay: Factor of the learning rate from one group to the one before it, above 0 and at most 1.
         head: Factor of the learning rate of the classifier, above 0.
+        fresh_head: Whether the classifier is fresh even where the number of classes is that of the weights.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -36,6 +37,7 @@ class FineTuning:
     frozen_epochs: int | None = None
     layer_decay: float = 1.0
     head: float = 1.0
+    fresh_head: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.frozen, bool) or not isinstance(self.frozen, (int, str)) or self.frozen == "":

@@ -11,12 +11,13 @@ from torch import nn
 
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, cifar10, in_memory, open_dataset
-from bcoskit.models import ModelRow, Network, create_model, model_row, save_model
+from bcoskit.models import Network, save_model
 from bcoskit.training._engine import can_compile, fit
 from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Loss, Optimization
+from bcoskit.training._start import begin, row_before, shown, weights_of
 from bcoskit.training._watch import Watch
 
 _OPTIMIZATION, _LOSS, _AUGMENTATION, _FINE_TUNING = Optimization(), Loss(), Augmentation(), FineTuning()
@@ -68,7 +69,7 @@ def train(
             `.safetensors` file of one.
         weights: With which a network by name begins: "pretrained" for the ones that go with its name, "fresh" for
             none, or a file. By default "fresh" for `model`, "pretrained" for `from_`. The classifier is fresh where
-            the number of classes is another one.
+            the number of classes is another one, or `fine_tuning` says so.
         size: Side in pixels of the images that the network sees, to which their shorter side is brought; by default
             as with the network's own transform.
         channels: 3 for colour and 1 for grey images, if the network is to see others than usual and its weights are
@@ -84,7 +85,7 @@ def train(
         optimization: Optimiser, schedule, clipping and averages.
         loss: What is minimised.
         augmentation: Of training images.
-        fine_tuning: Which layers stay as they are, and how the learning rates of the others differ.
+        fine_tuning: Which layers are fresh or stay as they are, and how the learning rates of the others differ.
         watch_every: Epochs from one look at explanations of test images to the next, 0 for none: figures in the logs
             (pointing game, alignment of `W(x)` with `x`, residual), and pictures in `explanations/`.
         seed: Of weights, order and augmentation. A run that was broken off and resumed sees what it would have seen.
@@ -104,9 +105,9 @@ def train(
     name = model if from_ is None else from_
     weights = weights_of(name, weights, "fresh" if from_ is None else "pretrained")
     start = False if weights == name else given(weights)
-    row = shown(model_row(name, start), size, channels)
+    row = shown(row_before(name, start), size, channels)
     if row.loss == "none":
-        raise ValueError(f"`model` (={model!r}) has embeddings for outputs, not classes that could be trained")
+        raise ValueError(f"`model` (={name!r}) has embeddings for outputs, not classes that could be trained")
     if learning_rate is None:
         learning_rate = 1e-3 if from_ is None and weights == "fresh" else 1e-4
     settings: dict[str, Any] = {
@@ -154,8 +155,7 @@ def train(
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        network = create_model(name, start, num_classes=len(classes), in_channels=row.in_channels)
-        resize(network, row.transform)
+        network = begin(name, start, row, classes, fine_tuning.fresh_head)
         moving = GradualConversion(network, config) if config is not None and gradual else None
         if moving is not None:
             network = moving.model
@@ -192,37 +192,6 @@ def train(
     training = {**settings, **figures}
     save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
     return figures
-
-
-def weights_of(name: str, weights: str | None, usual: str) -> str:
-    """What a network begins with, in a word, or the file."""
-    if Path(name).suffix != ".safetensors":
-        return usual if weights is None else weights
-    if weights is not None:
-        raise ValueError(f"`weights` (={weights!r}) must not be given: {name} is a file of weights itself")
-    return name
-
-
-def shown(row: ModelRow, size: int | None, channels: Literal[1, 3] | None) -> ModelRow:
-    """The row of a network that is shown images of another size, or of other colours."""
-    if channels is not None:
-        if channels not in (1, 3):
-            raise ValueError(f"`channels` (={channels}) must be 1 for grey or 3 for colour images")
-        row = row.with_channels(row.in_channels // row.transform.channels * channels)
-    return row if size is None else replace(row, transform=replace(row.transform, size=size, resize=None))
-
-
-def resize(network: Network, transform: ImageTransform) -> None:
-    """Give a network a transform of another size, after a look whether it takes such images."""
-    if transform == network.transform:
-        return
-    try:
-        with torch.no_grad():
-            network(torch.zeros(1, network.in_chans, transform.size, transform.size))
-    except Exception as error:  # networks answer other sizes with nearly every kind of exception
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"`size` (={transform.size}) does not suit {network.name!r}: {reason}") from error
-    network.transform = transform
 
 
 def given(weights: str) -> bool | str:
