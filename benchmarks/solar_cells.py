@@ -127,14 +127,12 @@ class Judged:
         x: Their encoded images (N, 2C, H, W).
         score: Logit of "defective" minus logit of "functional".
         contributions: Of each place to the score (N, H, W).
-        residual: What of the score neither contributions nor constants explain, relative.
     """
 
     cells: list[Cell]
     x: Tensor
     score: Tensor
     contributions: Tensor
-    residual: Tensor
 
     @property
     def labels(self) -> Tensor:
@@ -146,19 +144,21 @@ def judged(network: Any, cells: list[Cell]) -> Judged:
     """Classify and explain all cells."""
     assert network.classes == CLASSES
     x = torch.stack([network.transform(cell.file) for cell in cells])
-    parts = x.split(BATCH)
     found = [
-        bcoskit.explain(network, part, 0, versus=1, shares=True)
-        for part in track(parts, "Explanations", console=Console(stderr=True), transient=True)
+        bcoskit.explain(network, part, 0, versus=1)
+        for part in track(x.split(BATCH), "Explanations", console=Console(stderr=True), transient=True)
     ]
-    residuals = [each.residual for each in found if each.residual is not None]
-    return Judged(
-        cells,
-        x,
-        torch.cat([each.value for each in found]).detach(),
-        torch.cat([each.contributions for each in found]).detach(),
-        torch.cat(residuals).detach(),
+    score, contributions = (
+        torch.cat([getattr(e, name) for e in found]).detach() for name in ("value", "contributions")
     )
+    return Judged(cells, x, score, contributions)
+
+
+def largest_residual(network: Any, x: Tensor) -> float:
+    """What of a score neither contributions nor constants explain, relative, at most."""
+    residual = bcoskit.explain(network, x, 0, versus=1, shares=True).residual
+    assert residual is not None
+    return float(residual.abs().max())
 
 
 def accuracy_figures(score: Tensor, labels: Tensor) -> dict[str, float]:
@@ -265,7 +265,7 @@ def report(runs: Path, cells: list[Cell]) -> None:
         "curves": {each: curve(runs / each) for each in RUNS},
         "figures": tables,
         "always_functional": sum(cell.label == CLASSES[1] for cell in test) / len(test),
-        "largest_residual": float(found.residual.abs().max()),
+        "largest_residual": largest_residual(network, found.x[:BATCH]),
         "covered": covered(network, found),
     }
     (DOCS / "results").mkdir(parents=True, exist_ok=True)
@@ -315,7 +315,7 @@ def page(results: dict[str, Any]) -> list[str]:
             for group, figures in results["figures"].items()
         ),
         "",
-        "Of the fine-tuned network, contributions and constants add up to every score within "
+        f"Of the fine-tuned network, contributions and constants add up to the scores of {BATCH} cells within "
         f"{results['largest_residual']:.1e}, relative.",
         "",
         f"Of the {covering['cells']} cells called defective, still are with {covering['patches']} of {covering['of']} "
