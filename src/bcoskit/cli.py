@@ -97,7 +97,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
-    "train": Command("Train a network on images, or fine-tune a converted one.", _train, configurable=True),
+    "train": Command("Train a network on images, or fine-tune one.", _train, configurable=True),
     "align": Command("Convert a network; it learns from the original, without labels.", _align, configurable=True),
     "evaluate": Command("Measure accuracy and the quality of explanations.", _evaluate, ("model", "one"), True),
     "audit": Command("Prove that a network is dynamic linear, or name what is not.", _audit, ("model", "one")),

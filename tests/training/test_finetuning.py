@@ -114,7 +114,6 @@ class TestFineTuning:
             ({"from_": "timm/nothing"}, "timm has none"),
             ({"weights": "absent.safetensors"}, "absent.safetensors"),
             ({"from_": None, "weights": "pretrained", "gradual": 0.5}, "`from_`"),
-            ({"from_": None, "weights": "fresh"}, "`from_`"),
             ({"from_": None, "weights": "pretrained", "convert": "none"}, "`from_`"),
             ({"gradual": 1.5}, "`gradual`"),
             ({"gradual": 0.5, "learnable_b": True}, "`gradual`"),

@@ -18,7 +18,7 @@ import torch
 from bcoskit import cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model, model_row
-from bcoskit.training import Augmentation, Loss, Optimization, _engine, train
+from bcoskit.training import Augmentation, FineTuning, Loss, Optimization, _engine, train
 from bcoskit.training._loading import shuffled
 from bcoskit.training._module import Classifier, seeded
 from training_runs import COLORS, break_off, same_weights, write_images
@@ -81,12 +81,16 @@ class TestFiles:
         settings = json.loads((out / "settings.json").read_text())
         assert settings == {
             "model": BCOS,
+            "weights": "fresh",
+            "size": 32,
+            "channels": 3,
             "epochs": 3,
             "batch_size": 8,
             "learning_rate": 1e-3,
             "optimization": asdict(Optimization()),
             "loss": asdict(Loss()),
             "augmentation": asdict(Augmentation()),
+            "fine_tuning": asdict(FineTuning()),
             "precision": "32",
             "seed": 42,
             "classes": ["green", "red"],

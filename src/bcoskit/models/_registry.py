@@ -46,18 +46,30 @@ def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
     return [name for name in names if _at_hand(ROWS[name].checkpoint)] if weights else names
 
 
-def model_row(name: str) -> ModelRow:
-    """What is known of a named network.
+def model_row(name: str | os.PathLike[str], weights: bool | str | os.PathLike[str] = False) -> ModelRow:
+    """What is known of a network before it is made.
 
     Args:
-        name: One of `list_models()`, or `timm/NAME` for an ordinary network of timm.
+        name: As of `create_model`: one of `list_models()`, `timm/NAME` for an ordinary network of timm, or a
+            `.safetensors` file.
+        weights: As of `create_model`. A file that says so itself counts: classes, transform and conversion are its.
 
     Returns:
-        The row of the table.
+        The row of the table, or what the file makes of it.
 
     Raises:
         ValueError: If there is no network of that name; the message names the nearest ones.
+        WeightsError: If the file is missing or corrupt, or is of another network.
+        ConnectionError: If weights cannot be downloaded.
     """
+    sources = _sources(name, weights)
+    if sources[0] is None:
+        return sources[1]
+    path, row = sources
+    return _row_of(path, row, read_container(path))
+
+
+def _named_row(name: str) -> ModelRow:
     if name.startswith(TIMM):
         from bcoskit.models._timm import timm_row
 
@@ -103,17 +115,11 @@ def create_model(
             network.
         ConnectionError: If weights cannot be downloaded.
     """
-    if isinstance(name, os.PathLike) or (name not in ROWS and Path(name).suffix == ".safetensors"):
-        if not isinstance(weights, bool):
-            raise ValueError(f"`weights` (={str(weights)!r}) must not be given: {name} is a file of weights itself")
-        return _from_file(Path(name), None, num_classes, in_channels)
-    row = model_row(name)
-    if weights is True and name.startswith(TIMM):
-        return _pretrained(row.with_classes(num_classes).with_channels(in_channels))
-    if weights is False:
-        return _filled(_skeleton(row.with_classes(num_classes).with_channels(in_channels)), {})
-    path = _released(row) if weights is True else _given(weights)
-    return _from_file(path, row, num_classes, in_channels)
+    sources = _sources(name, weights)
+    if sources[0] is not None:
+        return _from_file(*sources, num_classes, in_channels)
+    row = sources[1].with_classes(num_classes).with_channels(in_channels)
+    return _pretrained(row) if weights else _filled(_skeleton(row), {})
 
 
 def save_model(
@@ -155,7 +161,7 @@ def save_model(
     conversion: Any = getattr(model, "conversion", None)
     if conversion is not None and conversion.has_own_rules:
         raise ValueError("`model` was converted by `rules` of its own, which a file cannot hold")
-    row, path = model_row(name), Path(path)
+    row, path = _named_row(name), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
     if isinstance(classes, str):
@@ -203,6 +209,24 @@ def _halved(tensor: Tensor) -> Tensor:
 
 def _at_hand(checkpoint: Checkpoint | None) -> bool:
     return checkpoint is not None and not checkpoint.by_hand
+
+
+def _sources(
+    name: str | os.PathLike[str], weights: bool | str | os.PathLike[str]
+) -> tuple[Path, ModelRow | None] | tuple[None, ModelRow]:
+    """The file of weights, None if there is to be none or timm has it, and the row, None if the file is to tell."""
+    if isinstance(name, os.PathLike) or (name not in ROWS and Path(name).suffix == ".safetensors"):
+        if not isinstance(weights, bool):
+            raise ValueError(f"`weights` (={str(weights)!r}) must not be given: {name} is a file of weights itself")
+        if Path(name).suffix != ".safetensors":
+            raise WeightsError(
+                f"{name}: is no .safetensors file; give the name of the network, and the file as `weights`"
+            )
+        return Path(name), None
+    row = _named_row(name)
+    if weights is False or (weights is True and name.startswith(TIMM)):
+        return None, row
+    return _released(row) if weights is True else _given(weights), row
 
 
 def _released(row: ModelRow) -> Path:
@@ -284,14 +308,8 @@ def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_cha
 
     Only a file of bare weights, without description, leaves all to `row`.
     """
-    if row is None and path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: is no .safetensors file; give the name of the network, and the file as `weights`")
     container = read_container(path)
-    if row is None or container.description.get("model") is not None:
-        described = _described(path, container)
-        if row is not None and row.name != described.name:
-            raise WeightsError(f"{path}: holds weights of {described.name}, not of {row.name}")
-        row = described
+    row = _row_of(path, row, container)
     if in_channels is not None and in_channels != row.in_channels:
         raise ValueError(
             f"`in_channels` (={in_channels}) contradicts the weights, which are for {row.in_channels}; "
@@ -304,6 +322,16 @@ def _from_file(path: Path, row: ModelRow | None, num_classes: int | None, in_cha
     if found.fault is not None:
         raise WeightsError(f"{path}: does not fit {wanted.name} with {wanted.num_classes} classes, it {found.fault}")
     return _filled(network, found.tensors)
+
+
+def _row_of(path: Path, row: ModelRow | None, container: Container) -> ModelRow:
+    """The row that a file describes, which must be that of `row` if that is given; `row` if it describes none."""
+    if row is not None and container.description.get("model") is None:
+        return row
+    described = _described(path, container)
+    if row is not None and row.name != described.name:
+        raise WeightsError(f"{path}: holds weights of {described.name}, not of {row.name}")
+    return described
 
 
 def _fresh_parts(container: Container, network: Network, row: ModelRow) -> tuple[str, ...]:
@@ -331,7 +359,7 @@ def _described(path: Path, container: Container) -> ModelRow:
             f"{path}: does not say which network it holds; give the name of the network, and the file as `weights`"
         )
     try:
-        row = model_row(name)
+        row = _named_row(name)
     except (AttributeError, TypeError, ValueError):
         raise WeightsError(f"{path}: holds weights of an unknown network, {reprlib.repr(name)}") from None
     if not isinstance(classes, list) or not classes or not all(isinstance(each, str) for each in classes):

@@ -12,13 +12,14 @@ from torchvision.transforms import v2
 
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
-from bcoskit.models import Network, create_model, model_row, save_model
+from bcoskit.models import Network, create_model, save_model
 from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
 from bcoskit.training._options import Hardware, Loading
 from bcoskit.training._run import Conversion, as_network, conversion, given
+from bcoskit.training._start import row_before
 
 _HARDWARE = Hardware()
 _EVERY = 10  # of images without splits, every tenth is held out to measure on
@@ -196,7 +197,7 @@ def align(
             split is measured on. Of images without splits every tenth is held out for that. Labels are never learnt
             from; where they are those of the teacher's classes, the accuracy is measured.
         out: Folder of the run.
-        teacher: Name of an ordinary network: `timm/NAME`, or one of this package.
+        teacher: Name of an ordinary network: `timm/NAME`, or one of this package; or a `.safetensors` file of one.
         weights: Its weights: "pretrained" for the ones that go with its name, "fresh" for none, or a file.
         convert: The preset by which the student is made.
         b: Exponent of the student; that of the preset if None.
@@ -223,7 +224,7 @@ def align(
         ConnectionError: If weights cannot be downloaded.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    row = model_row(teacher)
+    row = row_before(teacher, given(weights))
     if cast("str", convert) == "none":
         raise ValueError("`convert` (='none') leaves nothing to be learnt: the student would be the teacher")
     config = conversion(convert, b, False, gradual)
@@ -232,7 +233,7 @@ def align(
     if train_size is None:
         train_size = row.transform.size
     settings: dict[str, Any] = {
-        "teacher": row.name,
+        "teacher": teacher,
         "weights": weights,
         "convert": convert,
         "b": b,
@@ -253,7 +254,7 @@ def align(
     check_unchanged(settings, before, out)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        original = create_model(row.name, weights=given(weights))
+        original = create_model(teacher, weights=given(weights))
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss

@@ -80,7 +80,7 @@ def fit(
     hardware, loading = machinery.hardware, machinery.loading
     steps = len(train_images) // batch_size
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
-        trainer = _trainer(out, epochs, steps, measure_every, learner.optimization, callbacks, machinery)
+        trainer = _trainer(out, epochs, steps, measure_every, learner, callbacks, machinery)
         part = (trainer.global_rank, trainer.world_size)
         if batch_size % part[1]:
             raise ValueError(f"`batch_size` (={batch_size}) must be a multiple of the number of processes, {part[1]}")
@@ -123,10 +123,11 @@ def _trainer(
     epochs: int,
     steps: int,
     measure_every: int,
-    optimization: Optimization,
+    learner: Learner,
     callbacks: Sequence[lightning.Callback],
     machinery: Machinery,
 ) -> lightning.Trainer:
+    optimization = learner.optimization
     averages: list[Any] = []
     if optimization.ema is not None:
         averages.append(EMAWeightAveraging(decay=optimization.ema, update_every_n_steps=optimization.ema_every))
@@ -139,6 +140,8 @@ def _trainer(
     if strategy == "fsdp":
         devices = torch.accelerator.device_count() if hardware.devices == -1 else hardware.devices
         strategy = ModelParallelStrategy(devices * hardware.nodes, 1, save_distributed_checkpoint=False)
+    elif learner.fine_tuning.frozen_epochs is not None and (hardware.devices, hardware.nodes) != (1, 1):
+        strategy = "ddp_find_unused_parameters_true"  # of layers that are frozen at first
     try:
         return lightning.Trainer(
             accelerator=hardware.accelerator,

@@ -20,13 +20,14 @@ from bcoskit.data import ImageTransform
 from bcoskit.models import Network
 from bcoskit.nn._norm import RunningNorm
 from bcoskit.training._augment import augment, mixed
+from bcoskit.training._finetune import FineTuning, parameter_groups
 from bcoskit.training._losses import classification_loss
 from bcoskit.training._options import Augmentation, Hardware, Loss, Optimization
 from bcoskit.training._recompute import keep_stages, recompute_stages
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
-_USUAL = Optimization()
+_USUAL, _ALL_ALIKE = Optimization(), FineTuning()
 
 
 def seed_of(*key: int) -> int:
@@ -47,6 +48,7 @@ class Learner(lightning.LightningModule):
         learning_rate: At the start, after the warm-up.
         optimization: Optimiser, schedule and clipping.
         seed: With epoch and batch it determines the augmentation, so that a resumed run repeats nothing.
+        fine_tuning: How the learning rates of layers differ.
         gradual: The conversion in which the network is, None if it is in none.
         gradual_part: The part of all steps in which that conversion is carried out, above 0.
     """
@@ -58,11 +60,13 @@ class Learner(lightning.LightningModule):
         learning_rate: float,
         seed: int,
         optimization: Optimization = _USUAL,
+        fine_tuning: FineTuning = _ALL_ALIKE,
         gradual: GradualConversion | None = None,
         gradual_part: float = 1.0,
     ) -> None:
         super().__init__()
         self.optimization = optimization
+        self.fine_tuning = fine_tuning
         self.model = model.to(memory_format=torch.channels_last)
         self.learning_rate = learning_rate
         self.seed = seed
@@ -167,7 +171,7 @@ class Learner(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, and the schedule of its learning rate."""
         options = self.optimization
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = parameter_groups(self.model, self.fine_tuning, self.learning_rate)
         common: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": options.weight_decay}
         if options.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, momentum=options.momentum, **common)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
+def check(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise a `ValueError` for a value that is out of its range."""
     if not low <= value <= high or not math.isfinite(value):
         upper = "" if high == math.inf else f" and at most {high}"
         raise ValueError(f"`{name}` (={value}) must be at least {low}{upper}")
@@ -68,14 +69,14 @@ class Optimization:
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
         for name in ("weight_decay", "warmup_epochs"):
-            _check(name, getattr(self, name), 0)
+            check(name, getattr(self, name), 0)
         for name in ("momentum", "final", "decay", "warmup_start"):
-            _check(name, getattr(self, name), 0, 1)
+            check(name, getattr(self, name), 0, 1)
         for name in ("decay_epochs", "accumulate", "ema_every"):
-            _check(name, getattr(self, name), 1)
-        _check("clip_at", self.clip_at, 1e-12)
+            check(name, getattr(self, name), 1)
+        check("clip_at", self.clip_at, 1e-12)
         if self.ema is not None:
-            _check("ema", self.ema, 0, 1)
+            check("ema", self.ema, 0, 1)
 
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """What the learning rate is multiplied by at a step.
@@ -130,10 +131,10 @@ class Loss:
             raise ValueError(f"`kind` (={self.kind!r}) must be 'model', 'bce' or 'cross_entropy'")
         if self.off_labels not in ("zero", "uniform"):
             raise ValueError(f"`off_labels` (={self.off_labels!r}) must be 'zero' or 'uniform'")
-        _check("smoothing", self.smoothing, 0, 1)
-        _check("auxiliary", self.auxiliary, 0)
+        check("smoothing", self.smoothing, 0, 1)
+        check("auxiliary", self.auxiliary, 0)
         if self.threshold is not None:
-            _check("threshold", self.threshold, 0, 1)
+            check("threshold", self.threshold, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -177,17 +178,17 @@ class Augmentation:
             raise ValueError(f"`crop` (={self.crop!r}) must be 'padded', 'resized' or 'none'")
         if self.policy not in ("none", "randaugment", "trivialaugment"):
             raise ValueError(f"`policy` (={self.policy!r}) must be 'none', 'randaugment' or 'trivialaugment'")
-        _check("smallest", self.smallest, 1e-3, 1)
+        check("smallest", self.smallest, 1e-3, 1)
         if self.size is not None:
-            _check("size", self.size, 8)
+            check("size", self.size, 8)
             if self.crop != "resized":
                 raise ValueError(f"`size` (={self.size}) needs `crop` 'resized', not {self.crop!r}")
-        _check("magnitude", self.magnitude, 0, 30)
+        check("magnitude", self.magnitude, 0, 30)
         for name in ("jitter", "erasing"):
-            _check(name, getattr(self, name), 0, 1)
+            check(name, getattr(self, name), 0, 1)
         for name in ("mixup", "cutmix"):
-            _check(name, getattr(self, name), 0)
-        _check("repeats", self.repeats, 1)
+            check(name, getattr(self, name), 0)
+        check("repeats", self.repeats, 1)
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ class Loading:
         if self.images not in ("auto", "memory", "disk"):
             raise ValueError(f"`images` (={self.images!r}) must be 'auto', 'memory' or 'disk'")
         if self.workers is not None:
-            _check("workers", self.workers, 0)
-        _check("max_unreadable", self.max_unreadable, 0)
+            check("workers", self.workers, 0)
+        check("max_unreadable", self.max_unreadable, 0)
 
 
 @dataclass(frozen=True)
@@ -258,5 +259,5 @@ class Hardware:
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
         if self.devices != -1:
-            _check("devices", self.devices, 1)
-        _check("nodes", self.nodes, 1)
+            check("devices", self.devices, 1)
+        check("nodes", self.nodes, 1)

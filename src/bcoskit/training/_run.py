@@ -9,16 +9,18 @@ from torch import nn
 
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import InMemoryImages
-from bcoskit.models import Network, create_model, model_row, save_model
+from bcoskit.models import Network, save_model
 from bcoskit.training._augment import after_cropping
 from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
+from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, open_images
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization
+from bcoskit.training._start import begin, row_before, shown, weights_of
 from bcoskit.training._watch import Watch
 
-_OPTIMIZATION, _LOSS, _AUGMENTATION = Optimization(), Loss(), Augmentation()
+_OPTIMIZATION, _LOSS, _AUGMENTATION, _FINE_TUNING = Optimization(), Loss(), Augmentation(), FineTuning()
 _LOADING, _HARDWARE = Loading(), Hardware()
 
 Conversion: TypeAlias = Literal["bcosification", "v2", "v1", "none"]
@@ -30,7 +32,9 @@ def train(
     out: Path,
     model: str = "resnet20.bcos_cifar10",
     from_: str | None = None,
-    weights: str = "pretrained",
+    weights: str | None = None,
+    size: int | None = None,
+    channels: Literal[1, 3] | None = None,
     convert: Conversion = "bcosification",
     b: float | None = None,
     learnable_b: bool = False,
@@ -41,6 +45,7 @@ def train(
     optimization: Optimization = _OPTIMIZATION,
     loss: Loss = _LOSS,
     augmentation: Augmentation = _AUGMENTATION,
+    fine_tuning: FineTuning = _FINE_TUNING,
     loading: Loading = _LOADING,
     hardware: Hardware = _HARDWARE,
     watch_every: int = 0,
@@ -50,7 +55,7 @@ def train(
     download: bool = False,
     wandb: str | None = None,
 ) -> dict[str, float]:
-    """Train a network on images, as the second B-cos paper does on CIFAR-10, or fine-tune one that is converted.
+    """Train a network on images, as the second B-cos paper does on CIFAR-10, or fine-tune one that has weights.
 
     By default Adam without weight decay, a cosine from `learning_rate` to 0, random crops and flips, and the loss
     of the model's row, for B-cos networks binary cross-entropy (Böhle et al., TPAMI 2024, CIFAR-10 experiments; Arya
@@ -65,9 +70,17 @@ def train(
             several classes, their accuracy is that of all decisions at a probability of ½, and the mean average
             precision is measured as well.
         out: Folder of the run.
-        model: Name of the network; its classes are those of the data. Of no account if `from_` is given.
-        from_: Name of an ordinary network that is converted and fine-tuned: `timm/NAME`, or one of this package.
-        weights: Those of `from_`: "pretrained" for the ones that go with its name, "fresh" for none, or a file.
+        model: Name of the network, or a `.safetensors` file of one that is fine-tuned; its classes become those of
+            the data. Of no account if `from_` is given.
+        from_: Name of an ordinary network that is converted and fine-tuned: `timm/NAME`, or one of this package; or a
+            `.safetensors` file of one.
+        weights: With which a network by name begins: "pretrained" for the ones that go with its name, "fresh" for
+            none, or a file. By default "fresh" for `model`, "pretrained" for `from_`. The classifier is fresh where
+            the number of classes is another one, or `fine_tuning` says so.
+        size: Side in pixels of the images that the network sees, to which their shorter side is brought; by default
+            as with the network's own transform.
+        channels: 3 for colour and 1 for grey images, if the network is to see others than usual and its weights are
+            fresh, or timm's; without it grey images are shown to a network for colour as colour.
         convert: The preset by which `from_` is converted, or "none" to fine-tune the ordinary network.
         b: Exponent of the converted network; that of the preset if None.
         learnable_b: Whether every layer of the converted network learns its exponent.
@@ -75,10 +88,11 @@ def train(
             those of the ordinary one; with 0 they do at once.
         epochs: Passes over the training images.
         batch_size: Images per step, of all processes together; the rest of an epoch that fills no batch is left out.
-        learning_rate: At the start, after a warm-up; by default 1e-3, and 1e-4 for fine-tuning.
+        learning_rate: At the start, after a warm-up; by default 1e-3, and 1e-4 with `from_` or weights.
         optimization: Optimiser, schedule, clipping and averages.
         loss: What is minimised.
         augmentation: Of training images.
+        fine_tuning: Which layers are fresh or stay as they are, and how the learning rates of the others differ.
         loading: Where images are, and what happens to those that cannot be read.
         hardware: Devices, processes, precision. A run may be resumed on others.
         watch_every: Epochs from one look at explanations of test images to the next, 0 for none: figures in the logs
@@ -100,35 +114,43 @@ def train(
         OSError: If a checkpoint cannot be written; the one before it stays.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    row = model_row(model if from_ is None else from_)
+    name = model if from_ is None else from_
+    weights = weights_of(name, weights, "fresh" if from_ is None else "pretrained")
+    start = False if weights == name else given(weights)
+    row = shown(row_before(name, start), size, channels)
     if row.loss == "none":
-        raise ValueError(f"`model` (={model!r}) has embeddings for outputs, not classes that could be trained")
+        raise ValueError(f"`model` (={name!r}) has embeddings for outputs, not classes that could be trained")
     if learning_rate is None:
-        learning_rate = 1e-3 if from_ is None else 1e-4
+        learning_rate = 1e-3 if from_ is None and weights == "fresh" else 1e-4
     settings: dict[str, Any] = {
         "model": row.name,
+        "weights": weights,
+        "size": row.transform.size,
+        "channels": row.transform.channels,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "optimization": asdict(optimization),
         "loss": asdict(loss),
         "augmentation": asdict(augmentation),
+        "fine_tuning": asdict(fine_tuning),
         "precision": hardware.precision,
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
-    tuning = {"weights": weights, "convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
+    converting = {"convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
     if from_ is None:
-        usual = ("pretrained", "bcosification", None, False, 0.0)
-        vain = [name for (name, value), default in zip(tuning.items(), usual, strict=True) if value != default]
+        usual = ("bcosification", None, False, 0.0)
+        vain = [name for (name, value), default in zip(converting.items(), usual, strict=True) if value != default]
         if vain:
             raise ValueError(
-                f"`{vain[0]}` (={tuning[vain[0]]}) is for a network that is converted: give `from_` as well"
+                f"`{vain[0]}` (={converting[vain[0]]}) is for a network that is converted: give `from_` as well"
             )
         config = None
     else:
         config = conversion(convert, b, learnable_b, gradual)
-        settings |= tuning
+        settings |= converting
+    check_frozen(fine_tuning, weights, gradual)
     if watch_every < 0:
         raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
     if hardware.strategy == "fsdp" and optimization.ema is not None:
@@ -165,14 +187,14 @@ def train(
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        start = False if from_ is None else given(weights)
-        network = create_model(row.name, weights=start, num_classes=len(classes))
+        network = begin(name, start, row, classes, fine_tuning.fresh_head)
         moving = GradualConversion(network, config) if config is not None and gradual else None
         if moving is not None:
             network = moving.model
         elif config is not None:
             network = bcosify(network, config, inplace=True)
     network = as_network(network, from_)
+    freezing = Freezing(network, fine_tuning)
     learner = Classifier(
         network.train(),
         network.transform,
@@ -184,6 +206,7 @@ def train(
         compile_step=compile_step and not hardware.recompute and can_compile(),
         learning_rate=learning_rate,
         seed=seed,
+        fine_tuning=fine_tuning,
         gradual=moving,
         gradual_part=gradual,
     )
@@ -200,7 +223,7 @@ def train(
         resumed=bool(before),
         unreadable=unreadable,
         machinery=Machinery(hardware, loading, wandb),
-        callbacks=watches,
+        callbacks=[freezing, *watches],
     )
     if is_first_process():
         training = {**settings, **figures}
