@@ -24,7 +24,7 @@ from bcoskit._files import unfinished_file
 from bcoskit.training._folder import CHECKPOINT
 from bcoskit.training._loading import Batches, Images, Unreadable, batches
 from bcoskit.training._module import Learner
-from bcoskit.training._options import Hardware, Loading, Optimization
+from bcoskit.training._options import Hardware, Loading
 
 
 @dataclass(frozen=True)
