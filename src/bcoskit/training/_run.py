@@ -9,12 +9,12 @@ from torch import nn
 
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import InMemoryImages
-from bcoskit.models import Network, save_model
+from bcoskit.models import ModelRow, Network, save_model
 from bcoskit.training._augment import after_cropping
 from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
 from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
-from bcoskit.training._loading import Unreadable, open_images
+from bcoskit.training._loading import Images, Unreadable, open_images
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization
 from bcoskit.training._start import begin, row_before, shown, weights_of
@@ -138,25 +138,10 @@ def train(
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
-    converting = {"convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
-    if from_ is None:
-        usual = ("bcosification", None, False, 0.0)
-        vain = [name for (name, value), default in zip(converting.items(), usual, strict=True) if value != default]
-        if vain:
-            raise ValueError(
-                f"`{vain[0]}` (={converting[vain[0]]}) is for a network that is converted: give `from_` as well"
-            )
-        config = None
-    else:
-        config = conversion(convert, b, learnable_b, gradual)
-        settings |= converting
+    config, converting = _converting(from_, convert, b, learnable_b, gradual)
+    settings |= converting
     check_frozen(fine_tuning, weights, gradual)
-    if watch_every < 0:
-        raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
-    if hardware.strategy == "fsdp" and optimization.ema is not None:
-        raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
-    if gradual and optimization.ema is not None:
-        raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
+    _check_together(hardware, optimization, gradual, watch_every)
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     unreadable = Unreadable(loading.max_unreadable, out)
@@ -176,31 +161,16 @@ def train(
     classes = train_images.classes
     settings |= {"classes": list(classes), "data": data_digest(train_images)}
     check_unchanged(settings, before, out)
-    if test_images.classes != classes:
-        raise ValueError(f"`data` (={data}) has other classes for testing than for training")
-    if train_images.multi_label != test_images.multi_label:
-        raise ValueError(f"`data` (={data}) has images of several classes in one split only")
-    if train_images.multi_label:
-        _check_multi_label(augmentation, replace(loss, kind=row.loss) if loss.kind == "model" else loss, watch_every)
-    if len(train_images) < batch_size:
-        raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        network = begin(name, start, row, classes, fine_tuning.fresh_head)
-        moving = GradualConversion(network, config) if config is not None and gradual else None
-        if moving is not None:
-            network = moving.model
-        elif config is not None:
-            network = bcosify(network, config, inplace=True)
-    network = as_network(network, from_)
+    loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
+    _check_images(data, train_images, test_images, batch_size, augmentation, loss, watch_every)
+    network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
     freezing = Freezing(network, fine_tuning)
     learner = Classifier(
         network.train(),
         network.transform,
         len(classes),
         multi_label=train_images.multi_label,
-        loss=replace(loss, kind=network.loss) if loss.kind == "model" else loss,
+        loss=loss,
         augmentation=augmentation if isinstance(train_images, InMemoryImages) else after_cropping(augmentation),
         optimization=optimization,
         compile_step=compile_step and not hardware.recompute and can_compile(),
@@ -231,16 +201,79 @@ def train(
     return figures
 
 
-def _check_multi_label(augmentation: Augmentation, loss: Loss, watch_every: int) -> None:
-    """What images of several classes allow."""
+def _converting(
+    from_: str | None, convert: Conversion, b: float | None, learnable_b: bool, gradual: float
+) -> tuple[BcosConfig | None, dict[str, Any]]:
+    """What becomes of an ordinary network, and the settings that say so."""
+    settings = {"convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
+    if from_ is not None:
+        return conversion(convert, b, learnable_b, gradual), settings
+    usual = ("bcosification", None, False, 0.0)
+    for (name, value), default in zip(settings.items(), usual, strict=True):
+        if value != default:
+            raise ValueError(f"`{name}` (={value}) is for a network that is converted: give `from_` as well")
+    return None, {}
+
+
+def _check_together(hardware: Hardware, optimization: Optimization, gradual: float, watch_every: int) -> None:
+    """What does not go together."""
+    if watch_every < 0:
+        raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
+    if hardware.strategy == "fsdp" and optimization.ema is not None:
+        raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
+    if gradual and optimization.ema is not None:
+        raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
+
+
+def _check_images(
+    data: str | Path | None,
+    train_images: Images,
+    test_images: Images,
+    batch_size: int,
+    augmentation: Augmentation,
+    loss: Loss,
+    watch_every: int,
+) -> None:
+    """Whether they go together, and with how they are trained on."""
+    if test_images.classes != train_images.classes:
+        raise ValueError(f"`data` (={data}) has other classes for testing than for training")
+    if train_images.multi_label != test_images.multi_label:
+        raise ValueError(f"`data` (={data}) has images of several classes in one split only")
+    if len(train_images) < batch_size:
+        raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
+    if not train_images.multi_label:
+        return
     if loss.kind != "bce":
         raise ValueError(f"`loss.kind` (={loss.kind!r}) is for images of one class, these have several: take 'bce'")
-    for name in ("mixup", "cutmix"):
-        if getattr(augmentation, name):
-            value = getattr(augmentation, name)
-            raise ValueError(f"`augmentation.{name}` (={value}) is for images of one class, these have several")
-    if watch_every:
-        raise ValueError(f"`watch_every` (={watch_every}) is for images of one class, these have several")
+    for name, value in {
+        "augmentation.mixup": augmentation.mixup,
+        "augmentation.cutmix": augmentation.cutmix,
+        "watch_every": watch_every,
+    }.items():
+        if value:
+            raise ValueError(f"`{name}` (={value}) is for images of one class, these have several")
+
+
+def _network(
+    name: str,
+    start: bool | str,
+    row: ModelRow,
+    classes: tuple[str, ...],
+    fine_tuning: FineTuning,
+    config: BcosConfig | None,
+    gradual: float,
+    seed: int,
+) -> tuple[Network, GradualConversion | None]:
+    """The network that is trained, and its conversion if that is gradual."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        network: nn.Module = begin(name, start, row, classes, fine_tuning.fresh_head)
+        moving = GradualConversion(network, config) if config is not None and gradual else None
+        if moving is not None:
+            network = moving.model
+        elif config is not None:
+            network = bcosify(network, config, inplace=True)
+    return as_network(network, name), moving
 
 
 def given(weights: str) -> bool | str:
