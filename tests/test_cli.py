@@ -887,7 +887,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["dance"], "there is no command 'dance'; there are: explain, train, align, evaluate, audit, app, models"),
+            (
+                ["dance"],
+                "there is no command 'dance'; there are: explain, train, align, evaluate, audit, export, app, models",
+            ),
             (["explain"], "required: images"),
             (["explain", "absent.png"], "absent.png: no such file or folder"),
             (["explain", "good.png", "absent/"], "absent: no such file or folder"),

@@ -70,6 +70,7 @@ class TestTarImages:
             ([("x.png", b"?"), ("x.jpg", b"?")], "two images"),
             ([], "hold no images"),
             ([("x.png", b"?"), ("x.cls", b"-1")], "do not fit"),
+            ([("x.png", b"?"), ("x.cls", b"1"), ("y.png", b"?"), ("y.cls", b"")], "has no label"),
         ],
     )
     def test_wrong_members(self, tmp_path, members, message):
@@ -193,6 +194,13 @@ class TestSeveralLabels:
             ImageDataset([picture(1)], labels, ("a", "b", "c"))
 
 
+def test_zeros_and_ones_are_no_class_indices(tmp_path):
+    table = pa.table({"image": [encoded(1)], "labels": [[0, 1, 0]]})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ImageError, match="holds one twice"):
+        open_dataset(tmp_path)
+
+
 class TestStreamedImages:
     @pytest.fixture
     def dataset(self):
@@ -224,5 +232,11 @@ class TestStreamedImages:
         assert torch.equal(state, torch.random.get_rng_state())
 
     def test_nothing_can_be_read(self, dataset):
-        with pytest.raises(ImageError, match="none of 1 images"):
-            StreamedImages(dataset, ImageTransform(16)).__getitems__([3])
+        images, labels, (line,) = StreamedImages(dataset, ImageTransform(16)).__getitems__([3])
+        assert images.shape == (0, 3, 16, 16)
+        assert len(labels) == 0
+        assert line.startswith("image 3: ")
+
+    def test_repeated_images_have_parts_of_their_own(self, dataset):
+        images, _, _ = StreamedImages(dataset, ImageTransform(16), smallest=0.2).__getitems__([0, 0, 1])
+        assert not torch.equal(images[0], images[1])

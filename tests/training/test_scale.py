@@ -21,6 +21,8 @@ from bcoskit.data import open_dataset
 from bcoskit.models import create_model
 from bcoskit.nn import BatchNorm
 from bcoskit.training import Augmentation, Hardware, Loading, Loss, Optimization, train
+from bcoskit.training._loading import Batches
+from bcoskit.training._module import Classifier
 from training_runs import COLORS, break_off, same_weights, state_of, write_images
 
 PLAIN = {"epochs": 1, "batch_size": 8, "compile_step": False, "hardware": Hardware("cpu")}
@@ -223,6 +225,80 @@ def test_crops_of_images_on_disk_are_those_of_a_run_that_was_not_cut_off(data, t
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
+def test_each_epoch_has_an_order_and_crops_of_its_own(tmp_path, where, monkeypatch):
+    seen = []
+    data = tmp_path / "data"
+    noise = np.random.default_rng(0)
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (data / place).mkdir(parents=True)
+        for index in range(8):
+            pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / place / f"{index}.png")
+    batch_loss = Classifier.batch_loss
+
+    def noted(self, batch, index):
+        seen.append(batch[0].clone())
+        return batch_loss(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "batch_loss", noted)
+    options = PLAIN | {
+        "epochs": 2,
+        "loading": Loading(where, workers=1),
+        "augmentation": Augmentation("resized", smallest=0.1),
+    }
+    train(data, out=tmp_path / "run", **options)
+    first, second = torch.cat(seen[:2]), torch.cat(seen[2:])
+    assert not torch.equal(first, second)
+    images = [set(map(bytes, part.flatten(1).numpy())) for part in (first, second)]
+    assert (images[0] == images[1]) == (where == "memory")  # the same images, or other parts of them
+
+
+def test_shares_of_the_test_images():
+    for length in (33, 16, 3):
+        shares = [list(Batches(length, 32, (rank, 2))) for rank in (0, 1)]
+        assert len(shares[0]) == len(shares[1]) == len(Batches(length, 32, (0, 2)))
+        assert sorted(index for share in shares for batch in share for index in batch) == list(range(length))
+    with pytest.raises(ValueError, match="too few for 2"):
+        Batches(1, 32, (0, 2))
+
+
+def test_shares_of_a_batch():
+    whole = list(Batches(20, 8, (0, 1), (3, 1), repeats=2))
+    assert [len(set(batch)) for batch in whole] == [4, 4]
+    assert not set(whole[0]) & set(whole[1])
+    shares = zip(*(Batches(20, 8, (rank, 2), (3, 1), repeats=2) for rank in (0, 1)), strict=True)
+    assert [first + second for first, second in shares] == whole
+    with pytest.raises(ValueError, match=r"`batch_size` \(=6\)"):
+        Batches(20, 6, (0, 2), (3, 1), repeats=2)
+
+
+def test_processes_that_do_not_know_of_each_other(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"4 processes were started .* `hardware.devices`"):
+        train(data, out=tmp_path / "run", **PLAIN)
+    with pytest.raises(ValueError, match="`download`"):
+        train(data, out=tmp_path / "run", download=True, **PLAIN)
+
+
+def test_a_finished_run_with_averages_is_left_as_it_is(data, tmp_path):
+    options = PLAIN | {"epochs": 2, "optimization": Optimization(ema=0.5)}
+    train(data, out=tmp_path / "run", **options)
+    before = state_of(tmp_path / "run")
+    train(data, out=tmp_path / "run", resume=True, **options)
+    after = state_of(tmp_path / "run")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_dropout_is_determined_by_the_seed(data, tmp_path, monkeypatch):
+    forward = BatchNorm.forward
+    monkeypatch.setattr(BatchNorm, "forward", lambda self, x: torch.dropout(forward(self, x), 0.2, self.training))
+    for name, rest in (("first", 1), ("second", 2)):
+        torch.manual_seed(rest)
+        train(data, out=tmp_path / name, **PLAIN)
+    assert same_weights(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
 def test_images_that_cannot_be_read(tmp_path, where):
     write_images(tmp_path / "data", "train", 6)
     write_images(tmp_path / "data", "test", 3)
@@ -234,6 +310,7 @@ def test_images_that_cannot_be_read(tmp_path, where):
     train(tmp_path / "data", out=tmp_path / "one", loading=loading, **PLAIN | {"batch_size": 6})
     (line,) = (tmp_path / "one" / "unreadable.txt").read_text().splitlines()
     assert str(broken) in line
+    assert line.startswith("train: image ")
     (tmp_path / "data" / "test" / "green" / "1.png").write_bytes(b"")
     with pytest.raises(ValueError, match="1 more are named in"):
         train(tmp_path / "data", out=tmp_path / "two", loading=loading, **PLAIN | {"batch_size": 6})

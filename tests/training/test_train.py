@@ -92,6 +92,7 @@ class TestFiles:
             "augmentation": asdict(Augmentation()),
             "fine_tuning": asdict(FineTuning()),
             "precision": "32",
+            "images": "memory",
             "seed": 42,
             "classes": ["green", "red"],
             "data": settings["data"],
@@ -148,7 +149,7 @@ class TestFigures:
         torch.manual_seed(3)
         model = create_model(BCOS, num_classes=2).train().double()
         images = folder(data / "train", model.transform.view)
-        order = shuffled(16, 3, 0)
+        order = shuffled(16, 3, 0).tolist()
         pixels = torch.stack([_pixels(images[index][0]) for index in order])
         augmented = random_crop_flip(pixels, generator=seeded(3, 0, 0))
         logits = model(model.transform.encode_pixels(augmented).double())
@@ -227,10 +228,10 @@ class TestReproducibility:
         assert same_weights(tmp_path / "run", finished[0])
 
     def test_order(self):
-        orders = [shuffled(100, 7, epoch) for epoch in (0, 1, 0)]
+        orders = [shuffled(100, 7, epoch).tolist() for epoch in (0, 1, 0)]
         assert orders[0] == orders[2] != orders[1]
         assert sorted(orders[1]) == list(range(100))
-        assert shuffled(100, 8, 0) != orders[0]
+        assert shuffled(100, 8, 0).tolist() != orders[0]
 
     def test_random_numbers_are_the_same_on_every_machine(self):
         # The first 63 bits of the Mersenne Twister that Python seeds with the text "(42, 0)".

@@ -12,6 +12,7 @@ from bcoskit.data._images import ImageError, ImageSource
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
 from bcoskit.data._parquet import SPLITS
 
+_NAMED = ("label", "labels", "target", "class")
 _LABELS = ("targets", "labels", "_labels", "_samples")
 
 
@@ -48,7 +49,10 @@ def torchvision_images(
     if labels is None:
         raise ImageError(f"the dataset {name!r} of torchvision has no labels that could be read at once")
     labels = [label[1] if isinstance(label, tuple) else int(label) for label in labels]
-    indices, classes = index_labels(labels, getattr(dataset, "classes", None))
+    names = getattr(dataset, "classes", None)
+    if names is not None:  # some have several for a class
+        names = [", ".join(each) if isinstance(each, tuple) else each for each in names]
+    indices, classes = index_labels(labels, names)
     return ImageDataset(_First(dataset), indices, classes, transform)
 
 
@@ -73,13 +77,17 @@ def hugging_face_images(name: str, split: Literal["train", "test"], transform: T
     def load(word: str) -> Any:
         if (Path(name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(name)[word]
-        return datasets.load_dataset(name, split=word)
+        found = datasets.load_dataset(name, split=word)
+        hidden = [column for column in _NAMED if column in found.features and set(found[column]) == {-1}]
+        if hidden:
+            raise ImageError(f"the split {word!r} has no labels")
+        return found
 
     found = _first_that_opens(load, SPLITS[split], f"hf:{name}", None)
     images = [column for column, feature in found.features.items() if isinstance(feature, datasets.Image)]
     kinds = {column: getattr(feature, "feature", feature) for column, feature in found.features.items()}
     named = [column for column, feature in kinds.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = named or [column for column in ("label", "labels", "target", "class") if column in kinds]
+    labels = named or [column for column in _NAMED if column in kinds]
     if len(images) != 1 or len(labels) != 1:
         raise ImageError(f"hf:{name}: must have one column of images and one of labels, has {list(found.features)}")
     indices, classes = index_labels(list(found[labels[0]]), getattr(kinds[labels[0]], "names", None))
@@ -97,7 +105,10 @@ class _First:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self._dataset[index][0]
+        try:
+            return self._dataset[index][0]
+        except Exception as error:  # of damaged files, whatever reads them
+            raise ImageError(str(error) or type(error).__name__) from error
 
 
 class _Encoded:
@@ -111,7 +122,7 @@ class _Encoded:
 
     def __getitem__(self, index: int) -> ImageSource:
         image = self._dataset[index][self._column]
-        if image is None:
+        if image is None or (image["path"] is None and image["bytes"] is None):
             raise ImageError("is missing")
         return image["path"] if image["bytes"] is None else image["bytes"]
 
@@ -123,5 +134,7 @@ def _first_that_opens(load: Callable[[Any], Any], choices: Sequence[Any], title:
             return load(choice)
         except Exception as error:  # networks, files and scripts of others have failures of every kind
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            if not isinstance(error, (ValueError, KeyError)):  # which say that there is no such split
+                break
     where = "" if root is None else f" in {root} (`download` gets it if torchvision can)"
     raise ImageError(f"{title}: cannot be opened{where}: {reasons[0]}")

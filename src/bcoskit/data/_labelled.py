@@ -109,10 +109,15 @@ def index_labels(
     several = bool(values) and isinstance(values[0], (list, tuple))
     if several and not all(isinstance(value, (list, tuple)) for value in values):
         raise ImageError("the labels disagree on the type: some are lists, and others are not")
+    repeated = next((value for value in values if several and len(set(value)) != len(value)), None)
+    if repeated is not None:
+        raise ImageError(f"a list of labels holds one twice ({repeated!s:.60}): give class indices, not zeros and ones")
     flat = [label for value in values for label in value] if several else values
     types = {type(value) for value in flat}
     if len(types) > 1:
         raise ImageError(f"the labels disagree on the type: {', '.join(sorted(each.__name__ for each in types))}")
+    if types - {int, str}:
+        raise ImageError(f"labels must be integers or strings, not {types.pop().__name__}")
     if str in types:
         classes: Sequence[str] = sorted(set(flat))
         positions: dict[Any, int] = {name: position for position, name in enumerate(classes)}

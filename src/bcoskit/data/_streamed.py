@@ -1,6 +1,7 @@
 """Labelled images that stay where they are, decoded by the batch."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ class StreamedImages(Dataset[Any]):
         dataset: The images, without transform.
         transform: Whose `view` brings them to their size.
         smallest: If given, images are not that view, but random parts of at least this share of the whole image, in
-            the size of the view; a part is determined by seed, epoch and index.
+            the size of the view; a part is determined by seed, epoch and index, and by how often the image was in
+            its batch before.
         size: Side of these parts in pixels; that of the view if None.
         seed: Of the parts.
     """
@@ -62,24 +64,34 @@ class StreamedImages(Dataset[Any]):
         Raises:
             ImageError: If it cannot be read.
         """
+        return self._item(index, 0)
+
+    def _item(self, index: int, repetition: int) -> tuple[Tensor, Tensor]:
         image, _ = self._dataset[index]
         if self._crop is None:
-            return pixels(self._transform.view(image)), self.labels[index]
+            try:
+                return pixels(self._transform.view(image)), self.labels[index]
+            except ImageError as error:  # of strange shapes
+                raise ImageError(f"image {index}: {error}") from error
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(random.Random(repr((self._seed, self._epoch, index))).getrandbits(63))
+            key = (self._seed, self._epoch, index, repetition)
+            torch.manual_seed(random.Random(repr(key)).getrandbits(63))
             part: Image.Image = self._crop(_grey(read_image(image), self._transform.channels))
         return pixels(part), self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
         found: list[tuple[Tensor, Tensor]] = []
         unreadable: list[str] = []
+        seen: Counter[int] = Counter()
         for index in indices:
             try:
-                found.append(self[index])
+                found.append(self._item(index, seen[index]))
             except ImageError as error:
                 unreadable.append(str(error))
+            seen[index] += 1
         if not found:
-            raise ImageError(f"none of {len(indices)} images of a batch can be read, the first: {unreadable[0]}")
+            side = self._transform.size
+            return torch.empty(0, 3, side, side, dtype=torch.uint8), self.labels[:0], unreadable
         images, labels = zip(*found, strict=True)
         return torch.stack(images), torch.stack(labels), unreadable
 

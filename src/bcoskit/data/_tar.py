@@ -34,7 +34,9 @@ class TarImages(ImageDataset):
         if not samples:
             raise ImageError(f"{files[0].parent if files else 'paths'}: the tar files hold no images")
         labels = [label for _, label in samples]
-        several = any(len(label) != 1 for label in labels)
+        several = any(len(label) > 1 for label in labels)
+        if not several and not all(labels):
+            raise ImageError(f"{files[0].parent}: an image has no label, while all others have one each")
         indices, classes = index_labels(labels if several else [label[0] for label in labels], _names(files[0].parent))
         super().__init__(_Places([place for place, _ in samples]), indices, classes, transform)
 
@@ -62,7 +64,10 @@ def _names(folder: Path) -> list[str] | None:
     file = folder / _CLASSES
     if not file.exists():
         return None
-    names = file.read_text().splitlines()
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"{file}: cannot be read ({error})") from error
     if len(set(names)) != len(names) or not all(names):
         raise ImageError(f"{file}: must hold the name of one class in each line")
     return names

@@ -271,7 +271,7 @@ class RunningNorm(_Norm):
 
     def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
-        if count < 2:
+        if count < 2 and not self._is_shared():
             raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more")
         if self.centered and current_mode() is not None:
             raise NotLinearError(

@@ -318,5 +318,5 @@ def _splits(
         has_labels = False
     else:
         has_labels = len(splits[1].classes) == num_classes
-    train_images = loaded(splits[0], "Reading images", unreadable)
-    return train_images, loaded(splits[1], "Reading test images", unreadable), has_labels
+    train_images = loaded(splits[0], "train", unreadable)
+    return train_images, loaded(splits[1], "test", unreadable), has_labels

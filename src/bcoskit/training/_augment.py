@@ -27,8 +27,6 @@ def augment(
     """
     if options.crop == "padded":
         images = random_crop_flip(images, max(images.shape[-1] // 8, 1), generator=generator, part=part)
-        if not options.flip:
-            raise ValueError("`flip` (=False) needs another `crop` than 'padded', which flips")
     size = (images.shape[-2], images.shape[-1]) if options.size is None else (options.size, options.size)
     transform = _per_image(options, size)
     if transform is None:

@@ -19,10 +19,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader
 
 from bcoskit._files import unfinished_file
+from bcoskit.data import StreamedImages
 from bcoskit.training._folder import CHECKPOINT
-from bcoskit.training._loading import Batches, Images, Unreadable, batches
+from bcoskit.training._loading import PROCESSES, Batches, Images, Unreadable, batches
 from bcoskit.training._module import Learner
 from bcoskit.training._options import Hardware, Loading
 
@@ -82,24 +84,83 @@ def fit(
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
         trainer = _trainer(out, epochs, steps, measure_every, learner, callbacks, machinery)
         part = (trainer.global_rank, trainer.world_size)
-        if batch_size % part[1]:
-            raise ValueError(f"`batch_size` (={batch_size}) must be a multiple of the number of processes, {part[1]}")
-        train_order = Batches(train_images, batch_size, learner.seed, part)
-        test_order = Batches(test_images, 4 * batch_size, None, part)
-        train_batches = batches(train_images, train_order, loading.workers, part[1])
-        test_batches = batches(test_images, test_order, loading.workers, part[1])
+        _check_processes(trainer.world_size)
+        data = Data(train_images, test_images, batch_size, learner, loading.workers, part)
         learner.prepare(part, unreadable.add, hardware)
         try:
             checkpoint = out / CHECKPOINT if resumed else None
-            trainer.fit(learner, train_batches, test_batches, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(learner, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             measured = trainer.callback_metrics
             # Of a run that had reached its last epoch before, or has not measured after it.
             if not measured or epochs % measure_every:
-                measured = trainer.validate(learner, test_batches, verbose=False)[0]
+                measured = trainer.validate(learner, datamodule=data, verbose=False)[0]
             learner.collect()
+            if resumed and learner.optimization.ema is not None and not data.has_trained:
+                # What the callback puts into the network in the end of a run, and not in one that had ended before.
+                average = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True)["state_dict"]
+                learner.load_state_dict(average)
         finally:
             learner.release()
     return {name: float(value) for name, value in measured.items() if name.startswith("test_")}
+
+
+class Data(lightning.LightningDataModule):
+    """The batches of one process; a loader of its own for each epoch, whose order is part of it.
+
+    Args:
+        train_images: Of one epoch.
+        test_images: What is measured on.
+        batch_size: Images per step of all processes together.
+        learner: Whose seed and options determine the order.
+        workers: Processes that read images from disk, None for a number that fits.
+        part: Index and number of the processes.
+    """
+
+    def __init__(
+        self,
+        train_images: Images,
+        test_images: Images,
+        batch_size: int,
+        learner: Learner,
+        workers: int | None,
+        part: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.has_trained = False
+        self._images, self._batch_size, self._learner = (train_images, test_images), batch_size, learner
+        self._workers, self._part = workers, part
+        self._train_order(0)  # what cannot be shared out is told of before anything begins
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Of the epoch that comes next."""
+        assert self.trainer is not None
+        # `current_epoch` is one too few here when a run is resumed.
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        self.has_trained = epoch < (self.trainer.max_epochs or 0)
+        images = self._images[0]
+        if isinstance(images, StreamedImages):
+            images.set_epoch(epoch)
+        return batches(images, self._train_order(epoch), self._workers, self._part[1])
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Of the test images."""
+        order = Batches(len(self._images[1]), 4 * self._batch_size, self._part)
+        return batches(self._images[1], order, self._workers, self._part[1])
+
+    def _train_order(self, epoch: int) -> Batches:
+        key = (self._learner.seed, epoch)
+        return Batches(len(self._images[0]), self._batch_size, self._part, key, self._learner.repeats)
+
+
+def _check_processes(count: int) -> None:
+    """Raise if a launcher has started other processes than those that know of each other."""
+    for name in PROCESSES:
+        started = int(os.environ.get(name, count))
+        if started not in (1, count):
+            raise ValueError(
+                f"{started} processes were started ({name}), and `hardware` is for {count}: "
+                "give `hardware.devices` and `hardware.nodes`"
+            )
 
 
 def is_first_process() -> bool:
@@ -150,6 +211,8 @@ def _trainer(
             strategy=strategy,
             precision=precision,
             use_distributed_sampler=False,
+            reload_dataloaders_every_n_epochs=1,
+            default_root_dir=out,
             max_epochs=epochs,
             accumulate_grad_batches=optimization.accumulate,
             logger=loggers,
@@ -157,8 +220,8 @@ def _trainer(
             callbacks=[
                 ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
                 LearningRateMonitor("epoch"),
+                *callbacks,  # first, since they are to look at the average
                 *averages,
-                *callbacks,
             ],
             inference_mode=False,  # in which nothing can be explained
             log_every_n_steps=min(50, steps),
@@ -212,6 +275,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed")
+        warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer`")  # there is only one
         warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")  # weights are not shared out
         # Lightning 2.6 with torch 2.14
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")

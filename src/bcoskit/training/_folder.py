@@ -60,13 +60,22 @@ def data_digest(images: InMemoryImages | StreamedImages) -> str:
 
 def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path) -> None:
     """Raise a `ValueError` for the first setting that is another one than in the run that is to be resumed."""
-    # A run of an older version may have had fewer settings.
-    changed = [name for name in settings if before.get(name, settings[name]) != settings[name]]
-    if changed:
+    changed = [name for name in settings if not _is_same(before.get(name, settings[name]), settings[name])]
+    # Those of the data are not known yet when the others are compared.
+    missing = [name for name in before if name not in settings and name not in ("classes", "data", "images")]
+    for name in (*changed, *missing):
+        now = settings.get(name, "not given")
         raise ValueError(
-            f"`{changed[0]}` (={settings[changed[0]]}) was {before[changed[0]]} in the run in {out}; "
+            f"`{name}` (={now}) was {before[name]} in the run in {out}; "
             "resume it with the same settings, or choose another folder"
         )
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    """Whether a setting is unchanged; a run of an older version may have had fewer options."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_is_same(before.get(name, value), value) for name, value in now.items())
+    return before == now
 
 
 def write_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_convert
 
 from bcoskit.data import (
@@ -26,6 +27,7 @@ from bcoskit.training._options import Augmentation, Loading
 Images: TypeAlias = InMemoryImages | StreamedImages
 
 UNREADABLE = "unreadable.txt"
+PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS")  # where launchers say how many there are
 _MOST_IN_MEMORY = 4 * 1024**3
 _MOST_WORKERS = 8
 
@@ -34,73 +36,89 @@ class Unreadable:
     """The images of a run that cannot be read: each is written down once, up to a limit.
 
     Args:
-        limit: How many there may be.
+        limit: How many there may be in each process.
         out: Folder of the run.
     """
 
     def __init__(self, limit: int, out: Path) -> None:
-        self._limit, self._file, self._known = limit, out / UNREADABLE, set[str]()
+        self._limit, self._file = limit, out / UNREADABLE
+        self._known = set(self._file.read_text().splitlines()) if self._file.exists() else set[str]()
 
-    def add(self, line: str) -> None:
+    def add(self, line: str, *, written: bool = True) -> None:
         """One more, if it is a new one.
+
+        Args:
+            line: Which, and why.
+            written: Whether this process is the one that writes it down.
 
         Raises:
             ImageError: If it is one too many.
         """
+        line = " ".join(line.split())
         if line in self._known:
             return
         self._known.add(line)
         if len(self._known) > self._limit:
             many = "" if self._limit == 0 else f"; {self._limit} more are named in {self._file}"
             raise ImageError(f"{line}{many}: allow more with `max_unreadable` (={self._limit})")
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write(f"{line}\n")
+        if written:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write(f"{line}\n")
 
 
 class Batches(Sampler[list[int]]):
-    """The part that each batch has for one of several processes, in an order that seed and epoch determine.
+    """The part that each batch of an epoch has for one of several processes.
 
     Args:
-        images: What is taken, by index.
+        length: Number of images, which are taken by index.
         batch_size: Images in a batch, of all processes together.
-        seed: Of the permutations; None for the order of the images, in which the last batch may be smaller and the
-            processes take turns.
         part: Index and number of the processes.
+        order: Seed and epoch, which determine the order; None for that of the images, in which every image comes once,
+            and as many batches in each process.
+        repeats: How often each image appears in its batch.
+
+    Raises:
+        ValueError: If the processes cannot have equal parts.
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int | None, part: tuple[int, int]) -> None:
-        self._images, self._batch_size, self._seed, self._part = images, batch_size, seed, part
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
-        self._epoch = epoch
-        if isinstance(self._images, StreamedImages):
-            self._images.set_epoch(epoch)
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        part: tuple[int, int] = (0, 1),
+        order: tuple[int, int] | None = None,
+        repeats: int = 1,
+    ) -> None:
+        if batch_size % (part[1] * repeats):
+            times = f"{part[1]} processes" + (f" times {repeats} `repeats`" if repeats > 1 else "")
+            raise ValueError(f"`batch_size` (={batch_size}) must be a multiple of {times}")
+        if length < part[1]:
+            raise ValueError(f"{length} images are too few for {part[1]} processes")
+        self._length, self._batch_size, self._part = length, batch_size, part
+        self._order, self._repeats = order, repeats
 
     def __len__(self) -> int:
-        if self._seed is None:
-            index, count = self._part
-            return -(-len(range(index, len(self._images), count)) // (self._batch_size // count))
-        return len(self._images) // self._batch_size
+        if self._order is None:  # the same number for each process, which wait for each other
+            return -(-(self._length // self._part[1]) // (self._batch_size // self._part[1]))
+        return self._length // self._batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         index, count = self._part
-        mine = self._batch_size // count
-        if self._seed is None:
-            indices = list(range(index, len(self._images), count))
-            yield from (indices[start : start + mine] for start in range(0, len(indices), mine))
+        if self._order is None:
+            indices = torch.arange(index, self._length, count)
+            yield from (chunk.tolist() for chunk in indices.tensor_split(len(self)))
             return
-        order = shuffled(len(self._images), self._seed, self._epoch)
+        order = shuffled(self._length, *self._order)
+        different, mine = self._batch_size // self._repeats, self._batch_size // count
         for batch in range(len(self)):
-            start = batch * self._batch_size + index * mine
-            yield order[start : start + mine]
+            whole = order[batch * different : (batch + 1) * different].repeat_interleave(self._repeats)
+            yield whole[index * mine : (index + 1) * mine].tolist()
 
 
-def shuffled(length: int, seed: int, epoch: int) -> list[int]:
+def shuffled(length: int, seed: int, epoch: int) -> Tensor:
     """A permutation of indices that seed and epoch determine, on every machine."""
-    return torch.randperm(length, generator=seeded(seed, epoch)).tolist()
+    return torch.randperm(length, generator=seeded(seed, epoch))
 
 
 def batches(images: Images, sampler: Batches, workers: int | None, processes: int) -> DataLoader[Any]:
@@ -124,7 +142,9 @@ def open_images(
     download: bool,
 ) -> Images:
     """The images of a split, in memory or on disk."""
-    if data is None or (download and not str(data).startswith("torchvision:")):
+    if download and any(int(os.environ.get(name, "1")) > 1 for name in PROCESSES):
+        raise ValueError("`download` (=True) is for one process: download first, and then start several")
+    if data is None or (download and _is_for_cifar10(data)):
         dataset = cifar10(data, split == "train", None, download)
     else:
         dataset = open_dataset(data, split, None, download=download)
@@ -139,17 +159,26 @@ def open_images(
             seed=seed,
         )
     dataset.transform = transform.view
-    return loaded(dataset, f"Reading {split} images", unreadable)
+    return loaded(dataset, split, unreadable)
 
 
-def loaded(dataset: ImageDataset, title: str, unreadable: Unreadable) -> InMemoryImages:
+def _is_for_cifar10(data: str | Path) -> bool:
+    """Whether a download to that place can be meant to be CIFAR-10: it is a folder that holds nothing else."""
+    if str(data).partition(":")[0] in ("hf", "torchvision"):
+        return False
+    folder = Path(data)
+    return not folder.exists() or not any(folder.iterdir()) or any(folder.glob("cifar-10*"))
+
+
+def loaded(dataset: ImageDataset, split: str, unreadable: Unreadable) -> InMemoryImages:
     """All images in memory; reading them shows a bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     shown = console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
     with Progress(console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task(title, total=len(dataset))
+        task = progress.add_task(f"Reading {split} images", total=len(dataset))
 
         def tell(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        return in_memory(dataset, tell, lambda error: unreadable.add(str(error)))
+        first = os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0") == "0"  # of those that read the same
+        return in_memory(dataset, tell, lambda error: unreadable.add(f"{split}: {error}", written=first))

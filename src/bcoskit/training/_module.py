@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy, MultilabelAveragePrecision
 
 from bcoskit.convert import GradualConversion
-from bcoskit.data import ImageTransform
+from bcoskit.data import ImageError, ImageTransform
 from bcoskit.models import Network
 from bcoskit.nn._norm import RunningNorm
 from bcoskit.training._augment import augment, mixed
@@ -75,6 +75,7 @@ class Learner(lightning.LightningModule):
         self._before_the_first: dict[str, Tensor] | None = None
         self._all_steps: int | None = None
         self._part = (0, 1)
+        self.repeats = 1
         self._unreadable: Callable[[str], object] | None = None
 
     def prepare(self, part: tuple[int, int], unreadable: Callable[[str], object], hardware: Hardware) -> None:
@@ -119,13 +120,23 @@ class Learner(lightning.LightningModule):
                     module.register_parameter(name, nn.Parameter(parameter.full_tensor()))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch, of which images that could not be read are told."""
-        if len(batch) == 3 and isinstance(batch[2], list):
-            *batch, lines = batch
-            for line in lines:
-                assert self._unreadable is not None
-                self._unreadable(line)
-        return batch
+        """The batch, of which images that could not be read are told; in training others take their places.
+
+        Raises:
+            ImageError: If more images cannot be read than are allowed, or none of a training batch can.
+        """
+        if len(batch) != 3 or not isinstance(batch[2], list):
+            return batch
+        images, labels, lines = batch
+        for line in lines:
+            assert self._unreadable is not None
+            self._unreadable(f"{'train' if self.trainer.training else 'test'}: {line}")
+        if lines and self.trainer.training:
+            if not len(images):
+                raise ImageError(f"none of the images of a batch can be read: {lines[0]}")
+            places = torch.arange(len(images) + len(lines), device=images.device) % len(images)
+            images, labels = images[places], labels[places]
+        return images, labels
 
     def batch_loss(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of one augmented batch, by the compiled network if there is one."""
@@ -142,6 +153,8 @@ class Learner(lightning.LightningModule):
             RuntimeError: If it is not finite, before the step that it would spoil.
         """
         self._latest = (batch, batch_index)
+        # Of dropout and stochastic depth.
+        torch.manual_seed(seed_of(self.seed, self.current_epoch, batch_index, self._part[0]))
         if self._before_the_first is None:
             self._before_the_first = {name: buffer.clone() for name, buffer in self.named_buffers()}
         try:
@@ -263,6 +276,7 @@ class Classifier(Learner):
         self.num_classes = num_classes
         self.loss = loss
         self.augmentation = augmentation
+        self.repeats = augmentation.repeats
         # In a list, so that the network is not registered, and saved, a second time.
         self._for_training = [torch.compile(model) if compile_step else model]
         self.precision: MultilabelAveragePrecision | None = None
@@ -284,10 +298,6 @@ class Classifier(Learner):
         """
         images, labels = batch
         key = (self.seed, self.current_epoch, batch_index)
-        repeats = self.augmentation.repeats
-        if repeats > 1:
-            count = len(images) // repeats
-            images, labels = images[:count].repeat_interleave(repeats, 0), labels[:count].repeat_interleave(repeats, 0)
         x = encoded(augment(images, self.augmentation, seeded(*key), self._part), self.transform)
         pairs = key if self._part[1] == 1 else (*key, self._part[0])
         x, targets = mixed(x, labels, self.num_classes, self.augmentation, seed_of(*pairs))
@@ -304,14 +314,18 @@ class Classifier(Learner):
             RuntimeError: If the loss is not finite.
         """
         images, labels = batch
+        if not len(images):  # none of them can be read
+            return
         logits = self.model(encoded(images, self.transform))
         classes = labels.long()
-        self.accuracy(logits, classes)
+        # Probabilities, since the metrics take numbers that happen to lie between 0 and 1 for such.
+        scores = logits if self.precision is None else logits.float().sigmoid()
+        self.accuracy(scores, classes)
         loss = self.checked(classification_loss(logits, labels, Loss(self.loss.kind)))
         self.log("test_loss", loss, batch_size=len(labels), sync_dist=True)
         self.log("test_accuracy", self.accuracy, prog_bar=True, on_step=False, on_epoch=True)
         if self.precision is not None:
-            self.precision(logits, classes)
+            self.precision(scores, classes)
             self.log("test_mean_average_precision", self.precision, on_step=False, on_epoch=True)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ class Augmentation:
         mixup: Parameter of the Beta distribution by which two images are mixed, 0 for never (Zhang et al., ICLR 2018).
         cutmix: Likewise for rectangles of another image (Yun et al., ICCV 2019); with both, each is taken half of
             the time.
-        repeats: How often each image of a batch appears in it, augmented anew (Hoffer et al., CVPR 2020).
+        repeats: How often each image of a batch appears in it, augmented anew (Hoffer et al., CVPR 2020); an epoch
+            sees as many different images less.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -178,6 +179,8 @@ class Augmentation:
             raise ValueError(f"`crop` (={self.crop!r}) must be 'padded', 'resized' or 'none'")
         if self.policy not in ("none", "randaugment", "trivialaugment"):
             raise ValueError(f"`policy` (={self.policy!r}) must be 'none', 'randaugment' or 'trivialaugment'")
+        if self.crop == "padded" and not self.flip:
+            raise ValueError("`flip` (=False) needs another `crop` than 'padded', which flips")
         check("smallest", self.smallest, 1e-3, 1)
         if self.size is not None:
             check("size", self.size, 8)
@@ -201,8 +204,8 @@ class Loading:
             split take at most 4 GiB.
         workers: Processes that decode images from disk; by default as many as there are cores for each process that
             trains, at most 8. With 0 the process that trains does it.
-        max_unreadable: How many images may be left out since they cannot be read; each is named in `unreadable.txt`
-            in the folder of the run. One more stops it.
+        max_unreadable: How many images each process may leave out since they cannot be read; each is named in
+            `unreadable.txt` in the folder of the run. One more stops it.
 
     Raises:
         ValueError: If a value is out of its range.

@@ -159,7 +159,9 @@ def train(
         for split in ("train", "test")
     )
     classes = train_images.classes
-    settings |= {"classes": list(classes), "data": data_digest(train_images)}
+    settings |= {"classes": list(classes), "images": "memory" if isinstance(train_images, InMemoryImages) else "disk"}
+    check_unchanged(settings, before, out)
+    settings |= {"data": data_digest(train_images)}
     check_unchanged(settings, before, out)
     loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
     _check_images(data, train_images, test_images, batch_size, augmentation, loss, watch_every)

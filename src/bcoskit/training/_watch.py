@@ -40,14 +40,13 @@ class Watch(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look, if it is time to, and log what was seen."""
-        epoch = trainer.current_epoch + 1
+        epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
         if epoch % self.every and epoch != trainer.max_epochs:
             return
         model: Any = pl_module.model
         chosen = self._chosen()
-        pixels = self.images.__getitems__(chosen.tolist())[0]
+        pixels, labels = self.images.__getitems__(chosen.tolist())[:2]  # without those that cannot be read
         x = self.transform.encode_pixels(pixels).to(pl_module.device)
-        labels = self.images.labels[chosen]
         for name, value in self._figures(model, x, labels).items():
             pl_module.log(f"test_{name}", value)
         if not trainer.is_global_zero:
