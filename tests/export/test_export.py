@@ -15,7 +15,9 @@ import bcoskit
 from bcoskit.data import ImageTransform
 from bcoskit.dynamic import freeze
 from bcoskit.export import _check, _export, export_onnx
+from bcoskit.export._trace import SizesSeen, batch_size
 from bcoskit.models import convnext, densenet, resnet, vit
+from bcoskit.nn import BcosConv2d, ClassifierHead
 from export_toys import CLASSES, small_network
 
 SIZE = 32
@@ -147,6 +149,36 @@ def test_no_answer_for_a_class_that_is_not_there(exported, target):
     images = np.zeros((2, 3, 16, 16), np.float32)
     with pytest.raises(Exception, match="out of data bounds"):
         outputs_of(path, images, [0, target])
+
+
+class Numbers(nn.Module):
+    """Has a size, a number, a sum of sizes, and logits that are multiples of whatever prime number is taken."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.first, self.last = BcosConv2d(6, 2 * size, 1), ClassifierHead(2 * size + 6, size, logit_bias=0.0)
+        self.size = size
+
+    def forward(self, x):
+        return self.last(torch.cat([self.first(x)[:, : self.size].repeat(1, 2, 1, 1) * (2 * self.size), x], 1))
+
+
+def test_sizes_that_would_be_taken_for_the_batch(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network, transform, path = Numbers(1009).eval(), ImageTransform(4), tmp_path / "model.onnx"
+    assert export_onnx(network, path, transform=transform).error < 1e-5
+    monkeypatch.setattr(_export, "batch_size", lambda _: 1009)  # a control
+    with pytest.raises(ValueError, match=r"cannot be run with 1 images|disagrees"):
+        export_onnx(network, path, transform=transform)
+
+
+def test_the_traced_batch_divides_no_number_of_the_network():
+    assert batch_size([]) == 1009
+    assert batch_size([0, -1, 1, 1008, 1010, 2017]) == 1009
+    assert batch_size([3 * 1009, -1013, 1019]) == 1021
+    with SizesSeen() as seen:
+        torch.ones(3, 1013)[:, :7].sum(0) * 2018
+    assert {3, 1013, 7, 2018} <= seen.found
 
 
 class OfBatch(nn.Module):

@@ -22,7 +22,7 @@ from bcoskit._layers import logits_of, uncompiled
 from bcoskit.data import ImageTransform
 from bcoskit.dynamic import ProductPolicy
 from bcoskit.export._check import disagreement
-from bcoskit.export._trace import trace_explanation
+from bcoskit.export._trace import SizesSeen, batch_size, trace_explanation
 
 _LARGEST = 2**31  # bytes, of a file in the format
 
@@ -104,10 +104,9 @@ def export_onnx(
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         network, enter = _on_cpu(network), _entrance(transform)
-        metadata = _metadata(
-            network, transform, classes, card, products, _count_classes(network, enter, transform, products)
-        )
-        _write(network, enter, transform, weights_output, products, metadata, unfinished)
+        count, batch = _count_classes(network, enter, transform, products)
+        metadata = _metadata(network, transform, classes, card, products, count)
+        _write(network, enter, transform, batch, weights_output, products, metadata, unfinished)
         error = None
         if _is_installed("onnxruntime"):
             error = disagreement(unfinished, network, enter, _shape(transform), products)
@@ -121,6 +120,7 @@ def _write(
     network: nn.Module,
     enter: Callable[[Tensor], Tensor],
     transform: ImageTransform,
+    batch: int,
     weights_output: bool,
     products: ProductPolicy,
     metadata: dict[str, str],
@@ -135,8 +135,8 @@ def _write(
     outputs = ["logits", "contributions", *["weights"] * weights_output]
     try:
         with untouched(torch.device("cpu")):
-            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, products, weights_output)
-        model = onnx_model(trace, shape, outputs)
+            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
+        model = onnx_model(trace, shape, batch, outputs)
     except Exception as error:  # tracers and exporters answer what they cannot do with nearly every kind of exception
         raise ValueError(f"the explanation of the network cannot be exported: {_reason(error)}") from error
     model.metadata_props.clear()
@@ -179,16 +179,17 @@ def _entrance(transform: ImageTransform) -> Callable[[Tensor], Tensor]:
 
 def _count_classes(
     network: nn.Module, enter: Callable[[Tensor], Tensor], transform: ImageTransform, products: ProductPolicy
-) -> int:
-    """The number of logits of a network that `explain` explains; raises as it does."""
+) -> tuple[int, int]:
+    """The number of logits of a network that `explain` explains, and of samples to trace; raises as `explain`."""
     image = torch.rand(1, *_shape(transform), generator=torch.Generator().manual_seed(0))
     with untouched(image.device), torch.no_grad():
         output = logits_of(network(enter(image)))
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"`model` has outputs of shape {shape}, must have logits (N, K)")
-    explain(network, enter(image), products=products)
-    return output.shape[1]
+    with SizesSeen() as seen:
+        explain(network, enter(image), products=products)
+    return output.shape[1], batch_size(seen.found)
 
 
 def _metadata(
