@@ -231,6 +231,18 @@ def test_refused_networks(make, kind, message, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_network_in_training_mode_is_not_run(tmp_path):
+    network, calls = small_network(), []
+    network[1].train().register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="its module '1' is in training mode"):
+        export_onnx(network, tmp_path / "model.onnx", transform=ImageTransform(16))
+    assert not calls
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    network(torch.rand(1, 6, 4, 4))  # a control
+    assert calls
+
+
 def test_a_file_is_held_to_single_precision(exported):
     network, transform, path = exported
     enter, shape = _export._entrance(transform), (3, 16, 16)
@@ -247,6 +259,11 @@ def test_a_file_is_held_to_single_precision(exported):
     ("arguments", "kind", "message"),
     [
         ({"transform": None}, ValueError, "`transform` must be given"),
+        (
+            {"transform": ImageTransform(16, encoding="normalized")},
+            ValueError,
+            r"cannot be run with an input of shape \(1, 3, 16, 16\), which `transform` makes: RuntimeError: ",
+        ),
         ({"classes": ["a"]}, ValueError, "`classes` has 1 names, the network has 5 logits"),
         ({"classes": "abcde"}, TypeError, "must be a list of names"),
         ({"card": {"year": 2024}}, TypeError, "'year' is 2024"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit import __version__
-from bcoskit._checks import untouched
+from bcoskit._checks import check_evaluation_mode, untouched
 from bcoskit._explain import explain
 from bcoskit._files import unfinished_file
 from bcoskit._fuse import fuse
@@ -80,8 +80,9 @@ def export_onnx(
     Raises:
         ImportError: If the packages of `bcoskit[export]` are not installed.
         TypeError: If `model` is no module, or something else is of a wrong type.
-        ValueError: If there is no transform, the network has no logits (N, K), an operation has no counterpart in the
-            format, the weights are too large for one file, or the file does not agree with `explain`.
+        ValueError: If the network is in training mode, there is no transform, the network cannot be run with what the
+            transform makes, it has no logits (N, K), an operation has no counterpart in the format, the weights are
+            too large for one file, or the file does not agree with `explain`.
         NotLinearError: If the network is not dynamic linear.
         OSError: If the file cannot be written.
     """
@@ -94,6 +95,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     network: Any = uncompiled(model)
+    check_evaluation_mode(network)
     transform = getattr(network, "transform", None) if transform is None else transform
     if transform is None:
         raise ValueError("`transform` must be given: `model` does not come of `create_model`")
@@ -182,13 +184,19 @@ def _count_classes(
 ) -> tuple[int, int]:
     """The number of logits of a network that `explain` explains, and of samples to trace; raises as `explain`."""
     image = torch.rand(1, *_shape(transform), generator=torch.Generator().manual_seed(0))
-    with untouched(image.device), torch.no_grad():
-        output = logits_of(network(enter(image)))
+    x = enter(image)
+    try:
+        with untouched(image.device), torch.no_grad():
+            output = logits_of(network(x))
+    except Exception as error:  # whatever a network raises
+        raise ValueError(
+            f"`model` cannot be run with an input of shape {tuple(x.shape)}, which `transform` makes: {_reason(error)}"
+        ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"`model` has outputs of shape {shape}, must have logits (N, K)")
     with SizesSeen() as seen:
-        explain(network, enter(image), products=products)
+        explain(network, x, products=products)
     return output.shape[1], batch_size(seen.found)
 
 
