@@ -70,7 +70,7 @@ def export_onnx(
         path: The file, which ends in `.onnx`; it appears complete or not at all.
         transform: The network's test-time transform; by default the one that a network by name has.
         classes: Names of the classes; by default those that it has, or numbers.
-        card: What else is to be known of the network, such as `source` and `licence`.
+        card: What else is to be known of the network, such as `source` and `licence`, by other keys than the above.
         weights_output: Whether the file also returns W(x).
         products: As of `explain`.
 
@@ -81,8 +81,9 @@ def export_onnx(
         ImportError: If the packages of `bcoskit[export]` are not installed.
         TypeError: If `model` is no module, or something else is of a wrong type.
         ValueError: If the network is in training mode, there is no transform, the network cannot be run with what the
-            transform makes, it has no logits (N, K), an operation has no counterpart in the format, the weights are
-            too large for one file, or the file does not agree with `explain`.
+            transform makes, it has no logits (N, K), `classes` are not as many, `card` has a
+            key that is taken, an operation has no counterpart in the format, the weights are too large for one file,
+            or the file does not agree with `explain`.
         NotLinearError: If the network is not dynamic linear.
         OSError: If the file cannot be written.
     """
@@ -214,9 +215,12 @@ def _metadata(
     names = [str(index) for index in range(count)] if names is None else list(names)
     if len(names) != count:
         raise ValueError(f"`classes` has {len(names)} names, the network has {count} logits")
+    unnamed = [name for name in names if not isinstance(name, str)]
+    if unnamed:
+        raise TypeError(f"`classes` must be names, got {unnamed[0]!r:.200} of type {type(unnamed[0]).__name__}")
     name = getattr(network, "name", None)
+    name = name if isinstance(name, str) else None
     known = {
-        **(card or {}),
         "name": name or type(network).__name__,
         "architecture": name.partition(".")[0] if name else type(network).__name__,
         "loss": getattr(network, "loss", "none"),
@@ -225,10 +229,19 @@ def _metadata(
         "products": products,
         "bcoskit_version": __version__,
     }
-    wrong = [key for key, value in known.items() if not isinstance(key, str) or not isinstance(value, str)]
-    if wrong:
-        raise TypeError(f"`card` must hold text by name, its {wrong[0]!r} is {known[wrong[0]]!r:.200}")
-    return known
+    return known | _checked_card(card or {}, known)
+
+
+def _checked_card(card: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """What a card adds to what is known of a network anyway."""
+    for key, value in card.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"`card` must hold text by name, its {key!r} is {value!r:.200}")
+        if key in known:
+            raise ValueError(
+                f"`card` must not hold {key!r} (={value!r:.200}): the file says {known[key]!r:.200} itself"
+            )
+    return dict(card)
 
 
 def _reason(error: BaseException) -> str:
