@@ -2,9 +2,11 @@
 
 import copy
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import timm
@@ -282,6 +284,27 @@ def test_refused_arguments(arguments, kind, message, tmp_path):
     with pytest.raises(kind, match=message):
         export_onnx(small_network(), path, **{"transform": ImageTransform(16), **arguments})
     assert [file.name for file in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_too_large_for_one_file(tmp_path, monkeypatch):
+    network, path = small_network(), tmp_path / "model.onnx"
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    monkeypatch.setattr(_export, "_LARGEST", size)
+    with pytest.raises(ValueError, match=r"the weights have 0\.0 GiB, an ONNX file holds less than 2"):
+        export_onnx(network, path, transform=ImageTransform(16))
+    # Filters of the way back are weights of the file alone.
+    monkeypatch.setattr(_export, "_LARGEST", size + 1)
+    with pytest.raises(ValueError, match=r"the weights have 0\.0 GiB, an ONNX file holds less than 2"):
+        export_onnx(network, path, transform=ImageTransform(16))
+    monkeypatch.setattr(_export, "_LARGEST", 3 * size)  # a control
+    for raised, kind, message in (
+        (RuntimeError("exceeds 2GB"), ValueError, "cannot be written, as one of 2 GiB .* RuntimeError: exceeds 2GB"),
+        (OSError(28, "No space left"), OSError, "No space left"),
+    ):
+        monkeypatch.setattr(onnx_ir, "save", Mock(side_effect=raised))
+        with pytest.raises(kind, match=message):
+            export_onnx(network, path, transform=ImageTransform(16))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages(tmp_path, monkeypatch):

@@ -145,16 +145,29 @@ def _write(
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     model.producer_name, model.producer_version = "bcoskit", __version__
-    onnx_ir.save(model, path)
+    _check_size(
+        sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    )
+    try:
+        onnx_ir.save(model, path)
+    except OSError:
+        raise
+    except Exception as error:  # of protobuf, whose kinds are no subclasses of one
+        raise ValueError(
+            f"the file cannot be written, as one of 2 GiB and more cannot: {type(error).__name__}: {error!s:.300}"
+        ) from error
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
     """A copy in single precision, whatever device and precision the network has."""
     network = copy.deepcopy(model).requires_grad_(False).to("cpu", torch.float32)
-    size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    if size >= _LARGEST:
-        raise ValueError(f"the weights have {size / 2**30:.1f} GiB, an ONNX file holds less than 2")
+    _check_size(sum(tensor.nbytes for tensor in network.state_dict().values()))
     return network
+
+
+def _check_size(weights: int) -> None:
+    if weights >= _LARGEST:
+        raise ValueError(f"the weights have {weights / 2**30:.1f} GiB, an ONNX file holds less than 2")
 
 
 def _fused(network: nn.Module) -> nn.Module:
