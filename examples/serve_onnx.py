@@ -1,4 +1,4 @@
-"""Serve an exported network: POST an image, get its class, probability and contribution map as JSON.
+"""Serve an exported network: POST an image, get class, probability and contribution map as JSON.
 
 pip install onnxruntime pillow
 python serve_onnx.py model.onnx [port]
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000
 
 
-def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, str | float]:
+def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, str | float | None]:
     """The answer to the bytes of an image."""
     facts = session.get_modelmeta().custom_metadata_map
     transform, classes = json.loads(facts["transform"]), json.loads(facts["classes"])
@@ -40,8 +40,9 @@ def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, s
         ["logits", "contributions"], {"image": pixels.transpose(2, 0, 1)[None], "target": np.array([-1])}
     )
     index, logit = int(logits[0].argmax()), logits[0].astype(float)
-    total = np.logaddexp(0, logit) if facts["loss"] == "bce" else np.logaddexp.reduce(logit)
-    probabilities = np.exp(logit - total)  # a sigmoid, or a softmax
+    # A sigmoid or a softmax makes probabilities; without them the outputs are no logits of classes.
+    totals = {"bce": np.logaddexp(0, logit[index]), "cross_entropy": np.logaddexp.reduce(logit)}
+    probability = float(np.exp(logit[index] - totals[facts["loss"]])) if facts["loss"] in totals else None
     # Red speaks for the class, blue against it, white is neutral.
     strength = contributions[0] / max(float(np.abs(contributions[0]).max()), 1e-12)
     red, blue = np.minimum(1, 1 + strength), np.minimum(1, 1 - strength)
@@ -49,7 +50,7 @@ def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, s
     picture.save(png := io.BytesIO(), format="PNG")
     return {
         "class": classes[index],
-        "probability": float(probabilities[index]),
+        "probability": probability,
         "contributions": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
     }
 
@@ -67,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # decoders answer damaged images with nearly every kind of exception
             return self.answer(400, {"error": f"this image cannot be explained ({type(error).__name__})"})
 
-    def answer(self, code: int, content: dict[str, str | float]) -> None:
+    def answer(self, code: int, content: dict[str, str | float | None]) -> None:
         """Send JSON."""
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

@@ -79,9 +79,14 @@ function pixels() {
   return new ort.Tensor("float32", values, [1, channels, size, size]);
 }
 
-function probability(logits, index) {
-  if (network.loss === "bce") return 1 / (1 + Math.exp(-logits[index]));
-  return 1 / logits.reduce((sum, logit) => sum + Math.exp(logit - logits[index]), 0);
+// A sigmoid or a softmax makes probabilities; without them there are outputs only.
+function strength(logits, index) {
+  const totals = {
+    bce: () => 1 + Math.exp(-logits[index]),
+    cross_entropy: () => logits.reduce((sum, logit) => sum + Math.exp(logit - logits[index]), 0),
+  };
+  if (!Object.hasOwn(totals, network.loss)) return `output ${logits[index].toPrecision(4)}`;
+  return `${(100 / totals[network.loss]()).toFixed(1)} %`;
 }
 
 function draw(contributions, size) {
@@ -104,9 +109,8 @@ async function explain() {
   const logits = outputs.logits.data;
   const index = target.value === "-1" ? logits.indexOf(Math.max(...logits)) : Number(target.value);
   draw(outputs.contributions.data, network.transform.size);
-  const percent = (100 * probability(logits, index)).toFixed(1);
   status.dataset.logit = logits[index];
-  show(`${network.classes[index]}: ${percent} %, in ${Math.round(performance.now() - started)} ms`, "explained");
+  show(`${network.classes[index]}: ${strength(logits, index)}, in ${Math.round(performance.now() - started)} ms`, "explained");
 }
 
 // One thing after the other, since a network answers one question at a time.

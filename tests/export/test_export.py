@@ -137,7 +137,7 @@ def test_metadata(exported):
     assert facts == {
         "name": "Sequential",
         "architecture": "Sequential",
-        "loss": "none",
+        "loss": "cross_entropy",
         "products": "split",
         "source": "here",
         "licence": "none",
@@ -272,6 +272,7 @@ def test_a_file_is_held_to_single_precision(exported):
         ({"classes": np.arange(5)}, TypeError, r"`classes` must be names, got .*0.* of type int64"),
         ({"card": {"year": 2024}}, TypeError, "'year' is 2024"),
         ({"card": {"source": "here", "loss": "bce"}}, ValueError, r"must not hold 'loss' \(='bce'\).* says 'none'"),
+        ({"loss": "mse"}, ValueError, r"`loss` \(='mse'\) must be one of bce, cross_entropy, none"),
         ({"products": "both"}, ValueError, "`products`"),
         ({"path": "model.pt"}, ValueError, r"must end in \.onnx"),
         ({"path": "folder.onnx"}, IsADirectoryError, "is a folder"),

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -43,12 +45,27 @@ def running(server):
 
 
 @pytest.fixture(scope="module")
-def port(exported):
+def serving():
+    """The example as a module."""
     specification = importlib.util.spec_from_file_location("serve_onnx", EXAMPLES / "serve_onnx.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    with running(module.server(exported[2], 0)) as port:
+    return module
+
+
+@pytest.fixture(scope="module")
+def port(serving, exported):
+    with running(serving.server(exported[2], 0)) as port:
         yield port
+
+
+def with_facts(source, path, **facts):
+    """A copy of a file, of which some metadata are others."""
+    model = onnx.load(source)
+    for entry in model.metadata_props:
+        entry.value = facts.get(entry.key, entry.value)
+    onnx.save(model, path)
+    return path
 
 
 def post(port, body, headers=()):
@@ -78,6 +95,18 @@ def test_server_answers_as_explain(size, kind, exported, port):
     strong = (contributions.abs() > 0.05 * contributions.abs().max()).numpy()
     assert shown.shape == (16, 16, 3)
     assert (((shown[..., 0] > shown[..., 2]) == (contributions.numpy() > 0)) | ~strong).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "probability"), [("bce", torch.sigmoid), ("cross_entropy", lambda row: row.softmax(0)), ("none", None)]
+)
+def test_probabilities_are_those_of_the_loss(loss, probability, exported, serving, tmp_path):
+    network, transform, path = exported
+    body = image_of((16, 16))
+    session = onnxruntime.InferenceSession(with_facts(path, tmp_path / "model.onnx", loss=loss))
+    logits = bcoskit.explain(network, transform(body)[None]).logits[0]
+    expected = None if probability is None else pytest.approx(float(probability(logits).max()), rel=1e-4)
+    assert serving.explained(session, body)["probability"] == expected
 
 
 def test_server_refuses(port):

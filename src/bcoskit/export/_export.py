@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from bcoskit.data import ImageTransform
 from bcoskit.dynamic import ProductPolicy
 from bcoskit.export._check import disagreement
 from bcoskit.export._trace import SizesSeen, batch_size, trace_explanation
+from bcoskit.models import Loss
 
 _LARGEST = 2**31  # bytes, of a file in the format
 
@@ -47,6 +48,7 @@ def export_onnx(
     *,
     transform: ImageTransform | None = None,
     classes: Sequence[str] | None = None,
+    loss: Loss | None = None,
     card: Mapping[str, str] | None = None,
     weights_output: bool = False,
     products: ProductPolicy = "split",
@@ -70,6 +72,8 @@ def export_onnx(
         path: The file, which ends in `.onnx`; it appears complete or not at all.
         transform: The network's test-time transform; by default the one that a network by name has.
         classes: Names of the classes; by default those that it has, or numbers.
+        loss: What makes probabilities of the logits: `"bce"` a sigmoid, `"cross_entropy"` a softmax, `"none"` nothing;
+            by default what a network by name says, else `"none"`.
         card: What else is to be known of the network, such as `source` and `licence`, by other keys than the above.
         weights_output: Whether the file also returns W(x).
         products: As of `explain`.
@@ -81,7 +85,7 @@ def export_onnx(
         ImportError: If the packages of `bcoskit[export]` are not installed.
         TypeError: If `model` is no module, or something else is of a wrong type.
         ValueError: If the network is in training mode, there is no transform, the network cannot be run with what the
-            transform makes, it has no logits (N, K), `classes` are not as many, `card` has a
+            transform makes, it has no logits (N, K), `classes` are not as many, `loss` is unknown, `card` has a
             key that is taken, an operation has no counterpart in the format, the weights are too large for one file,
             or the file does not agree with `explain`.
         NotLinearError: If the network is not dynamic linear.
@@ -108,7 +112,7 @@ def export_onnx(
     try:
         network, enter = _on_cpu(network), _entrance(transform)
         count, batch = _count_classes(network, enter, transform, products)
-        metadata = _metadata(network, transform, classes, card, products, count)
+        metadata = _metadata(network, transform, classes, loss, card, products, count)
         _write(network, enter, transform, batch, weights_output, products, metadata, unfinished)
         error = None
         if _is_installed("onnxruntime"):
@@ -218,6 +222,7 @@ def _metadata(
     network: Any,
     transform: ImageTransform,
     classes: Sequence[str] | None,
+    loss: str | None,
     card: Mapping[str, str] | None,
     products: ProductPolicy,
     count: int,
@@ -231,12 +236,15 @@ def _metadata(
     unnamed = [name for name in names if not isinstance(name, str)]
     if unnamed:
         raise TypeError(f"`classes` must be names, got {unnamed[0]!r:.200} of type {type(unnamed[0]).__name__}")
+    loss_name: Any = getattr(network, "loss", "none") if loss is None else loss
+    if loss_name not in get_args(Loss):
+        raise ValueError(f"`loss` (={loss_name!r:.200}) must be one of {', '.join(get_args(Loss))}")
     name = getattr(network, "name", None)
     name = name if isinstance(name, str) else None
     known = {
         "name": name or type(network).__name__,
         "architecture": name.partition(".")[0] if name else type(network).__name__,
-        "loss": getattr(network, "loss", "none"),
+        "loss": loss_name,
         "classes": json.dumps(names),
         "transform": json.dumps(asdict(transform)),
         "products": products,
