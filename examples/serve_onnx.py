@@ -25,6 +25,8 @@ def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, s
     image = Image.open(io.BytesIO(body), formats=["JPEG", "PNG", "WEBP"])
     if image.width * image.height > MAX_PIXELS:
         raise ValueError("the image is too large")
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+        raise ValueError(f"the image has pixels of the kind {image.mode}, which 8 bits would clip")
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if transform["channels"] == 1 else "RGB")

@@ -123,6 +123,13 @@ def test_server_refuses_what_would_be_huge(port):
     assert post(port, file.getvalue())[0] == 400
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_server_refuses_pixels_of_16_bits(mode, port):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    Image.new(mode, (16, 16)).save(file := io.BytesIO(), format=kind)
+    assert post(port, file.getvalue())[0] == (400 if mode == "I;16" else 200)
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
