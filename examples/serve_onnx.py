@@ -8,7 +8,9 @@ curl --data-binary @cat.jpg http://127.0.0.1:8000/
 import base64
 import io
 import json
+import socket
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -16,6 +18,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000
+MAX_CONNECTIONS, MAX_AT_ONCE = 32, 2
 
 
 def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, str | float | None]:
@@ -60,15 +63,22 @@ def explained(session: onnxruntime.InferenceSession, body: bytes) -> dict[str, s
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
+    timeout = 30  # seconds that a silent connection is kept
+
     def do_POST(self) -> None:
         """Answer with JSON: an explanation, or what is wrong with the image."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BYTES:
+        if not length.isdecimal():
+            return self.answer(411, {"error": "send an image, with its Content-Length"})
+        if int(length) > MAX_BYTES:
             return self.answer(413, {"error": f"send an image of at most {MAX_BYTES} bytes"})
+        body = self.rfile.read(int(length))
         try:
-            return self.answer(200, explained(self.server.session, self.rfile.read(int(length))))
+            with self.server.at_once:
+                content = explained(self.server.session, body)
         except Exception as error:  # decoders answer damaged images with nearly every kind of exception
             return self.answer(400, {"error": f"this image cannot be explained ({type(error).__name__})"})
+        return self.answer(200, content)
 
     def answer(self, code: int, content: dict[str, str | float | None]) -> None:
         """Send JSON."""
@@ -78,12 +88,28 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(content).encode())
 
 
-def server(path: str, port: int = 8000) -> ThreadingHTTPServer:
-    """A server of this machine alone; several requests are answered at once."""
-    made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    made.session = onnxruntime.InferenceSession(path)
-    return made
+class Server(ThreadingHTTPServer):
+    """A server of this machine alone: a thread per connection, of which some wait for their turn."""
+
+    def __init__(self, path: str, port: int) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.session = onnxruntime.InferenceSession(path)
+        self.connections, self.at_once = threading.Semaphore(MAX_CONNECTIONS), threading.Semaphore(MAX_AT_ONCE)
+
+    def process_request(self, request: socket.socket, address: tuple[str, int]) -> None:
+        """Close a connection that is one too many."""
+        if self.connections.acquire(blocking=False):
+            super().process_request(request, address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket, address: tuple[str, int]) -> None:
+        """Answer a connection, and make place for another."""
+        try:
+            super().process_request_thread(request, address)
+        finally:
+            self.connections.release()
 
 
 if __name__ == "__main__":
-    server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()
+    Server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()

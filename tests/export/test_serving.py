@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import shutil
+import socket
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def serving():
 
 @pytest.fixture(scope="module")
 def port(serving, exported):
-    with running(serving.server(exported[2], 0)) as port:
+    with running(serving.Server(exported[2], 0)) as port:
         yield port
 
 
@@ -75,6 +76,16 @@ def post(port, body, headers=()):
     content = json.loads(answer.read())
     connection.close()
     return answer.status, content
+
+
+def post_when_free(port, body):
+    """The thread of a connection that is closed may live a moment longer."""
+    for _ in range(1000):
+        try:
+            return post(port, body)[0]
+        except (OSError, http.client.HTTPException):
+            continue
+    raise AssertionError("the server is never free")
 
 
 @pytest.mark.parametrize(("size", "kind"), [((16, 16), "PNG"), ((40, 25), "JPEG"), ((21, 33), "WEBP")])
@@ -112,7 +123,11 @@ def test_probabilities_are_those_of_the_loss(loss, probability, exported, servin
 def test_server_refuses(port):
     assert post(port, b"no image")[0] == 400
     assert post(port, image_of((16, 16))[:200])[0] == 400
-    assert post(port, b"", {"Content-Length": "30000000"})[0] == 413
+    assert post(port, b"", {"Content-Length": "30000000"}) == (
+        413,
+        {"error": "send an image of at most 20000000 bytes"},
+    )
+    assert post(port, None, {"Content-Length": "many"}) == (411, {"error": "send an image, with its Content-Length"})
     assert post(port, image_of((16, 16)))[0] == 200  # it goes on
 
 
@@ -128,6 +143,19 @@ def test_server_refuses_pixels_of_16_bits(mode, port):
     kind = "JPEG" if mode == "CMYK" else "PNG"
     Image.new(mode, (16, 16)).save(file := io.BytesIO(), format=kind)
     assert post(port, file.getvalue())[0] == (400 if mode == "I;16" else 200)
+
+
+def test_server_does_not_wait_for_the_silent(exported, serving, monkeypatch):
+    assert serving.Handler.timeout == 30
+    monkeypatch.setattr(serving.Handler, "timeout", 1)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 1)
+    with running(serving.Server(exported[2], 0)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
+            silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 20000000\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as other:
+                assert other.recv(1) == b""  # one too many
+            silent.recv(1)  # until it is given up
+        assert post_when_free(port, image_of((16, 16))) == 200
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
