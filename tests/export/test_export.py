@@ -51,15 +51,16 @@ def vgg(_monkeypatch):
 
 
 def converted(_monkeypatch):
-    network = timm.create_model("test_resnet", num_classes=5)
+    options = {"channels": (8, 16, 16, 16), "stem_type": "deep", "avg_down": True}
+    network = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (1, 1, 0, 0), num_classes=5, **options)
     return bcoskit.bcosify(calibrated(network, 3), bcoskit.BcosConfig.preset("v1")), "bcos"
 
 
 NETWORKS = {
     "resnet": named(resnet, "resnet18.bcos_v2_in1k", ((1, 1, 1, 1), 1, 64, timm.models.resnet.BasicBlock)),
-    "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (1, 1, 1, 1))),
-    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 1, 1), (8, 16, 24, 32), 0.0)),
-    "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 2, ())),
+    "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (2, 1))),
+    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 0, 0), (8, 16, 24, 32), 0.0)),
+    "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 1, ())),
     "vgg": vgg,
     "converted": converted,
 }
