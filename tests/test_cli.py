@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import bcoskit
-from bcoskit import Explanation, _command_explain, _command_pictures, cli
+from bcoskit import Explanation, _command_explain, _command_export, _command_pictures, cli
 from bcoskit._command_pictures import count_images, with_pictures
 from bcoskit.data import ImageError, ImageTransform
+from bcoskit.export import OnnxExport
 from bcoskit.models import CIFAR10_CLASSES, create_model, list_models, save_model, vit
 
 PHOTOGRAPHS = Path(bcoskit.__file__).parent / "assets" / "photographs"
@@ -130,6 +131,32 @@ class TestExport:
         torch.testing.assert_close(torch.from_numpy(logits), expected.logits)
         torch.testing.assert_close(torch.from_numpy(contributions), expected.contributions)
         assert files(place) == ["vit.onnx", "vit.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("weights", "source"),
+        [
+            (
+                "https://me:token@host.org:8443/a/w.safetensors?X-Amz-Signature=abc#part",
+                "https://host.org:8443/a/w.safetensors",
+            ),
+            ("HTTP://host.org/w.safetensors", "http://host.org/w.safetensors"),
+            ("/home/me/w.safetensors", "w.safetensors"),
+            ("~/https:/w.safetensors", "w.safetensors"),
+        ],
+    )
+    def test_secrets_stay_out_of_the_file(self, weights, source, place, monkeypatch):
+        asked, cards = [], []
+
+        def export(_network, path, *, card, **_options):
+            cards.append(card)
+            path.touch()
+            return OnnxExport(path, None)
+
+        monkeypatch.setattr(_command_export, "create_model", lambda _name, weights: asked.append(weights))
+        monkeypatch.setattr(_command_export, "export_onnx", export)
+        assert cli.main(["export", BCOS, f"--weights={weights}"]) == 0
+        assert asked == [weights]
+        assert cards == [{"source": source}]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

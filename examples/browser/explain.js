@@ -58,30 +58,43 @@ async function open(bytes) {
   show(`${facts.name} is ready: choose an image.`);
 }
 
+// Half of what is cut off; halves of pixels are rounded to even numbers, as in Python.
+function margin(excess) {
+  const half = Math.floor(excess / 2);
+  return half + (excess % 2) * (half % 2);
+}
+
 // Resize and centre crop, as the transform says; browsers resize without its antialiasing, so that logits differ a little.
 function pixels() {
   const { size, resize, channels } = network.transform;
-  const scale = (resize ?? size) / Math.min(bitmap.width, bitmap.height);
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
+  const shorter = resize ?? size;
+  const longer = Math.trunc((shorter * Math.max(bitmap.width, bitmap.height)) / Math.min(bitmap.width, bitmap.height));
+  const [width, height] = bitmap.width <= bitmap.height ? [shorter, longer] : [longer, shorter];
   picture.width = picture.height = size;
   const context = picture.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   context.fillStyle = "white";
   context.fillRect(0, 0, size, size);
-  context.drawImage(bitmap, (size - width) / 2, (size - height) / 2, width, height);
+  context.drawImage(bitmap, -margin(width - size), -margin(height - size), width, height);
   const rgba = context.getImageData(0, 0, size, size).data;
   const values = new Float32Array(channels * size * size);
   for (let place = 0; place < size * size; place++) {
     const [red, green, blue] = rgba.subarray(4 * place, 4 * place + 3);
-    const seen = channels === 1 ? [0.299 * red + 0.587 * green + 0.114 * blue] : [red, green, blue];
+    const grey = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16; // as Pillow computes it
+    const seen = channels === 1 ? [grey] : [red, green, blue];
     seen.forEach((value, channel) => (values[channel * size * size + place] = value / 255));
   }
   return new ort.Tensor("float32", values, [1, channels, size, size]);
 }
 
-function probability(logits, index) {
-  if (network.loss === "bce") return 1 / (1 + Math.exp(-logits[index]));
-  return 1 / logits.reduce((sum, logit) => sum + Math.exp(logit - logits[index]), 0);
+// A sigmoid or a softmax makes probabilities; without them there are outputs only.
+function strength(logits, index) {
+  const totals = {
+    bce: () => 1 + Math.exp(-logits[index]),
+    cross_entropy: () => logits.reduce((sum, logit) => sum + Math.exp(logit - logits[index]), 0),
+  };
+  if (!Object.hasOwn(totals, network.loss)) return `output ${logits[index].toPrecision(4)}`;
+  return `${(100 / totals[network.loss]()).toFixed(1)} %`;
 }
 
 function draw(contributions, size) {
@@ -104,9 +117,8 @@ async function explain() {
   const logits = outputs.logits.data;
   const index = target.value === "-1" ? logits.indexOf(Math.max(...logits)) : Number(target.value);
   draw(outputs.contributions.data, network.transform.size);
-  const percent = (100 * probability(logits, index)).toFixed(1);
   status.dataset.logit = logits[index];
-  show(`${network.classes[index]}: ${percent} %, in ${Math.round(performance.now() - started)} ms`, "explained");
+  show(`${network.classes[index]}: ${strength(logits, index)}, in ${Math.round(performance.now() - started)} ms`, "explained");
 }
 
 // One thing after the other, since a network answers one question at a time.

@@ -1,6 +1,7 @@
 """`bcoskit export`: a network with its explanation as one ONNX file."""
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -49,7 +50,7 @@ def export_model(
 def _card(network: Network, model: str, weights: str | None) -> dict[str, str]:
     """What is known of where the weights come from, and of the terms of their use."""
     if weights is not None:
-        return {"source": weights}
+        return {"source": _without_secrets(weights)}
     if model not in list_models():
         return {"source": Path(model).name}
     checkpoint = model_row(network.name).checkpoint
@@ -59,3 +60,11 @@ def _card(network: Network, model: str, weights: str | None) -> dict[str, str]:
     if checkpoint.accuracy is not None:
         facts["accuracy"] = f"{checkpoint.accuracy} % ({checkpoint.measured_on})"
     return facts
+
+
+def _without_secrets(weights: str) -> str:
+    """Of a path the file's name, of a URL neither user, password nor query: the file may be published."""
+    if not weights.lower().startswith(("https://", "http://")):
+        return Path(weights).name
+    url = urlsplit(weights)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"

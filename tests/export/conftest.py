@@ -13,5 +13,6 @@ def exported(tmp_path_factory):
     network, transform = small_network(), ImageTransform(size=16, resize=20)
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
     card = {"source": "here", "licence": "none"}
-    export_onnx(network, path, transform=transform, classes=CLASSES, card=card, weights_output=True)
+    options = {"transform": transform, "classes": CLASSES, "loss": "cross_entropy", "card": card}
+    export_onnx(network, path, weights_output=True, **options)
     return network, transform, path

@@ -2,9 +2,11 @@
 
 import copy
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import timm
@@ -14,8 +16,10 @@ from torch import nn
 import bcoskit
 from bcoskit.data import ImageTransform
 from bcoskit.dynamic import freeze
-from bcoskit.export import _check, _export, export_onnx
+from bcoskit.export import _check, _export, _graph, export_onnx
+from bcoskit.export._trace import SizesSeen, batch_size
 from bcoskit.models import convnext, densenet, resnet, vit
+from bcoskit.nn import BcosConv2d, ClassifierHead
 from export_toys import CLASSES, small_network
 
 SIZE = 32
@@ -47,15 +51,16 @@ def vgg(_monkeypatch):
 
 
 def converted(_monkeypatch):
-    network = timm.create_model("test_resnet", num_classes=5)
+    options = {"channels": (8, 16, 16, 16), "stem_type": "deep", "avg_down": True}
+    network = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (1, 1, 0, 0), num_classes=5, **options)
     return bcoskit.bcosify(calibrated(network, 3), bcoskit.BcosConfig.preset("v1")), "bcos"
 
 
 NETWORKS = {
     "resnet": named(resnet, "resnet18.bcos_v2_in1k", ((1, 1, 1, 1), 1, 64, timm.models.resnet.BasicBlock)),
-    "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (1, 1, 1, 1))),
-    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 1, 1), (8, 16, 24, 32), 0.0)),
-    "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 2, ())),
+    "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (2, 1))),
+    "convnext": named(convnext, "convnext_tiny.bcos_v2_bnu_in1k", ((1, 1, 0, 0), (8, 16, 24, 32), 0.0)),
+    "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 1, ())),
     "vgg": vgg,
     "converted": converted,
 }
@@ -85,7 +90,7 @@ def test_as_explain(family, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     assert list(tmp_path.iterdir()) == [path]
     precise = copy.deepcopy(network).double()
-    for target in ([-1], [3, -1], [0, 4, 2, -1, 1]):
+    for target in ([3], [0, 4, 2, -1, 1]):
         pixels = torch.randint(256, (len(target), 3, SIZE, SIZE)).to(torch.uint8)
         found = outputs_of(path, pixels.numpy().astype(np.float32) / 255, target)
         classes = [
@@ -133,7 +138,7 @@ def test_metadata(exported):
     assert facts == {
         "name": "Sequential",
         "architecture": "Sequential",
-        "loss": "none",
+        "loss": "cross_entropy",
         "products": "split",
         "source": "here",
         "licence": "none",
@@ -147,6 +152,36 @@ def test_no_answer_for_a_class_that_is_not_there(exported, target):
     images = np.zeros((2, 3, 16, 16), np.float32)
     with pytest.raises(Exception, match="out of data bounds"):
         outputs_of(path, images, [0, target])
+
+
+class Numbers(nn.Module):
+    """Has a size, a number, a sum of sizes, and logits that are multiples of whatever prime number is taken."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.first, self.last = BcosConv2d(6, 2 * size, 1), ClassifierHead(2 * size + 6, size, logit_bias=0.0)
+        self.size = size
+
+    def forward(self, x):
+        return self.last(torch.cat([self.first(x)[:, : self.size].repeat(1, 2, 1, 1) * (2 * self.size), x], 1))
+
+
+def test_sizes_that_would_be_taken_for_the_batch(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network, transform, path = Numbers(1009).eval(), ImageTransform(4), tmp_path / "model.onnx"
+    assert export_onnx(network, path, transform=transform).error < 1e-5
+    monkeypatch.setattr(_export, "batch_size", lambda _: 1009)  # a control
+    with pytest.raises(ValueError, match=r"cannot be run with 1 images|disagrees"):
+        export_onnx(network, path, transform=transform)
+
+
+def test_the_traced_batch_divides_no_number_of_the_network():
+    assert batch_size([]) == 1009
+    assert batch_size([0, -1, 1, 1008, 1010, 2017]) == 1009
+    assert batch_size([3 * 1009, -1013, 1019]) == 1021
+    with SizesSeen() as seen:
+        torch.ones(3, 1013)[:, :7].sum(0) * 2018
+    assert {3, 1013, 7, 2018} <= seen.found
 
 
 class OfBatch(nn.Module):
@@ -199,6 +234,18 @@ def test_refused_networks(make, kind, message, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_network_in_training_mode_is_not_run(tmp_path):
+    network, calls = small_network(), []
+    network[1].train().register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="its module '1' is in training mode"):
+        export_onnx(network, tmp_path / "model.onnx", transform=ImageTransform(16))
+    assert not calls
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    network(torch.rand(1, 6, 4, 4))  # a control
+    assert calls
+
+
 def test_a_file_is_held_to_single_precision(exported):
     network, transform, path = exported
     enter, shape = _export._entrance(transform), (3, 16, 16)
@@ -215,9 +262,18 @@ def test_a_file_is_held_to_single_precision(exported):
     ("arguments", "kind", "message"),
     [
         ({"transform": None}, ValueError, "`transform` must be given"),
+        (
+            {"transform": ImageTransform(16, encoding="normalized")},
+            ValueError,
+            r"cannot be run with an input of shape \(1, 3, 16, 16\), which `transform` makes: RuntimeError: ",
+        ),
         ({"classes": ["a"]}, ValueError, "`classes` has 1 names, the network has 5 logits"),
         ({"classes": "abcde"}, TypeError, "must be a list of names"),
+        ({"classes": [0, 1, 2, 3, 4]}, TypeError, "`classes` must be names, got 0 of type int"),
+        ({"classes": np.arange(5)}, TypeError, r"`classes` must be names, got .*0.* of type int64"),
         ({"card": {"year": 2024}}, TypeError, "'year' is 2024"),
+        ({"card": {"source": "here", "loss": "bce"}}, ValueError, r"must not hold 'loss' \(='bce'\).* says 'none'"),
+        ({"loss": "mse"}, ValueError, r"`loss` \(='mse'\) must be one of bce, cross_entropy, none"),
         ({"products": "both"}, ValueError, "`products`"),
         ({"path": "model.pt"}, ValueError, r"must end in \.onnx"),
         ({"path": "folder.onnx"}, IsADirectoryError, "is a folder"),
@@ -230,6 +286,29 @@ def test_refused_arguments(arguments, kind, message, tmp_path):
     with pytest.raises(kind, match=message):
         export_onnx(small_network(), path, **{"transform": ImageTransform(16), **arguments})
     assert [file.name for file in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_too_large_for_one_file(exported, tmp_path, monkeypatch):
+    network, path = exported[0], tmp_path / "model.onnx"
+    monkeypatch.setattr(_export, "trace_explanation", Mock())
+    monkeypatch.setattr(_graph, "onnx_model", lambda *_: onnx_ir.load(exported[2]))
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    monkeypatch.setattr(_export, "_LARGEST", size)
+    with pytest.raises(ValueError, match=r"the weights have 0\.0 GiB, an ONNX file holds less than 2"):
+        export_onnx(network, path, transform=ImageTransform(16))
+    # Filters of the way back are weights of the file alone.
+    monkeypatch.setattr(_export, "_LARGEST", size + 1)
+    with pytest.raises(ValueError, match=r"the weights have 0\.0 GiB, an ONNX file holds less than 2"):
+        export_onnx(network, path, transform=ImageTransform(16))
+    monkeypatch.setattr(_export, "_LARGEST", 3 * size)  # a control
+    for raised, kind, message in (
+        (RuntimeError("exceeds 2GB"), ValueError, "cannot be written, as one of 2 GiB .* RuntimeError: exceeds 2GB"),
+        (OSError(28, "No space left"), OSError, "No space left"),
+    ):
+        monkeypatch.setattr(onnx_ir, "save", Mock(side_effect=raised))
+        with pytest.raises(kind, match=message):
+            export_onnx(network, path, transform=ImageTransform(16))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages(tmp_path, monkeypatch):

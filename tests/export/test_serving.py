@@ -8,11 +8,14 @@ import importlib.util
 import io
 import json
 import shutil
+import socket
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -43,12 +46,27 @@ def running(server):
 
 
 @pytest.fixture(scope="module")
-def port(exported):
+def serving():
+    """The example as a module."""
     specification = importlib.util.spec_from_file_location("serve_onnx", EXAMPLES / "serve_onnx.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    with running(module.server(exported[2], 0)) as port:
+    return module
+
+
+@pytest.fixture(scope="module")
+def port(serving, exported):
+    with running(serving.Server(exported[2], 0)) as port:
         yield port
+
+
+def with_facts(source, path, **facts):
+    """A copy of a file, of which some metadata are others."""
+    model = onnx.load(source)
+    for entry in model.metadata_props:
+        entry.value = facts.get(entry.key, entry.value)
+    onnx.save(model, path)
+    return path
 
 
 def post(port, body, headers=()):
@@ -58,6 +76,16 @@ def post(port, body, headers=()):
     content = json.loads(answer.read())
     connection.close()
     return answer.status, content
+
+
+def post_when_free(port, body):
+    """The thread of a connection that is closed may live a moment longer."""
+    for _ in range(1000):
+        try:
+            return post(port, body)[0]
+        except (OSError, http.client.HTTPException):
+            continue
+    raise AssertionError("the server is never free")
 
 
 @pytest.mark.parametrize(("size", "kind"), [((16, 16), "PNG"), ((40, 25), "JPEG"), ((21, 33), "WEBP")])
@@ -80,10 +108,26 @@ def test_server_answers_as_explain(size, kind, exported, port):
     assert (((shown[..., 0] > shown[..., 2]) == (contributions.numpy() > 0)) | ~strong).all()
 
 
+@pytest.mark.parametrize(
+    ("loss", "probability"), [("bce", torch.sigmoid), ("cross_entropy", lambda row: row.softmax(0)), ("none", None)]
+)
+def test_probabilities_are_those_of_the_loss(loss, probability, exported, serving, tmp_path):
+    network, transform, path = exported
+    body = image_of((16, 16))
+    session = onnxruntime.InferenceSession(with_facts(path, tmp_path / "model.onnx", loss=loss))
+    logits = bcoskit.explain(network, transform(body)[None]).logits[0]
+    expected = None if probability is None else pytest.approx(float(probability(logits).max()), rel=1e-4)
+    assert serving.explained(session, body)["probability"] == expected
+
+
 def test_server_refuses(port):
     assert post(port, b"no image")[0] == 400
     assert post(port, image_of((16, 16))[:200])[0] == 400
-    assert post(port, b"", {"Content-Length": "30000000"})[0] == 413
+    assert post(port, b"", {"Content-Length": "30000000"}) == (
+        413,
+        {"error": "send an image of at most 20000000 bytes"},
+    )
+    assert post(port, None, {"Content-Length": "many"}) == (411, {"error": "send an image, with its Content-Length"})
     assert post(port, image_of((16, 16)))[0] == 200  # it goes on
 
 
@@ -92,6 +136,26 @@ def test_server_refuses_what_would_be_huge(port):
     assert post(port, file.getvalue())[0] == 400
     Image.new("1", (1, 300_000)).save(file := io.BytesIO(), format="PNG")
     assert post(port, file.getvalue())[0] == 400
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_server_refuses_pixels_of_16_bits(mode, port):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    Image.new(mode, (16, 16)).save(file := io.BytesIO(), format=kind)
+    assert post(port, file.getvalue())[0] == (400 if mode == "I;16" else 200)
+
+
+def test_server_does_not_wait_for_the_silent(exported, serving, monkeypatch):
+    assert serving.Handler.timeout == 30
+    monkeypatch.setattr(serving.Handler, "timeout", 1)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 1)
+    with running(serving.Server(exported[2], 0)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
+            silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 20000000\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as other:
+                assert other.recv(1) == b""  # one too many
+            silent.recv(1)  # until it is given up
+        assert post_when_free(port, image_of((16, 16))) == 200
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -131,9 +195,13 @@ def drop(page, body, state="explained"):
     page.wait_for_selector(f"#status[data-state={state}]", timeout=60_000)
 
 
-def test_page_explains_as_explain(exported, page):
+# Their shorter side is what the transform resizes to: only a crop is left, some at half a pixel.
+@pytest.mark.parametrize("size", [(20, 20), (20, 23), (21, 20)], ids=str)
+def test_page_explains_as_explain(size, exported, page):
     network, transform, _ = exported
-    body = image_of((20, 20))  # whose shorter side is what the transform resizes to: only a crop is left
+    page.reload()
+    page.wait_for_selector("#status[data-state=ready]", timeout=60_000)
+    body = image_of(size)
     drop(page, body)
     x = transform(body)[None]
     prediction = bcoskit.explain(network, x)

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bcoskit import __version__
-from bcoskit._checks import untouched
+from bcoskit._checks import check_evaluation_mode, untouched
 from bcoskit._explain import explain
 from bcoskit._files import unfinished_file
 from bcoskit._fuse import fuse
@@ -22,7 +22,8 @@ from bcoskit._layers import logits_of, uncompiled
 from bcoskit.data import ImageTransform
 from bcoskit.dynamic import ProductPolicy
 from bcoskit.export._check import disagreement
-from bcoskit.export._trace import trace_explanation
+from bcoskit.export._trace import SizesSeen, batch_size, trace_explanation
+from bcoskit.models import Loss
 
 _LARGEST = 2**31  # bytes, of a file in the format
 
@@ -47,6 +48,7 @@ def export_onnx(
     *,
     transform: ImageTransform | None = None,
     classes: Sequence[str] | None = None,
+    loss: Loss | None = None,
     card: Mapping[str, str] | None = None,
     weights_output: bool = False,
     products: ProductPolicy = "split",
@@ -70,7 +72,9 @@ def export_onnx(
         path: The file, which ends in `.onnx`; it appears complete or not at all.
         transform: The network's test-time transform; by default the one that a network by name has.
         classes: Names of the classes; by default those that it has, or numbers.
-        card: What else is to be known of the network, such as `source` and `licence`.
+        loss: What makes probabilities of the logits: `"bce"` a sigmoid, `"cross_entropy"` a softmax, `"none"` nothing;
+            by default what a network by name says, else `"none"`.
+        card: What else is to be known of the network, such as `source` and `licence`, by other keys than the above.
         weights_output: Whether the file also returns W(x).
         products: As of `explain`.
 
@@ -80,8 +84,10 @@ def export_onnx(
     Raises:
         ImportError: If the packages of `bcoskit[export]` are not installed.
         TypeError: If `model` is no module, or something else is of a wrong type.
-        ValueError: If there is no transform, the network has no logits (N, K), an operation has no counterpart in the
-            format, the weights are too large for one file, or the file does not agree with `explain`.
+        ValueError: If the network is in training mode, there is no transform, the network cannot be run with what the
+            transform makes, it has no logits (N, K), `classes` are not as many, `loss` is unknown, `card` has a
+            key that is taken, an operation has no counterpart in the format, the weights are too large for one file,
+            or the file does not agree with `explain`.
         NotLinearError: If the network is not dynamic linear.
         OSError: If the file cannot be written.
     """
@@ -94,6 +100,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     network: Any = uncompiled(model)
+    check_evaluation_mode(network)
     transform = getattr(network, "transform", None) if transform is None else transform
     if transform is None:
         raise ValueError("`transform` must be given: `model` does not come of `create_model`")
@@ -104,10 +111,9 @@ def export_onnx(
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         network, enter = _on_cpu(network), _entrance(transform)
-        metadata = _metadata(
-            network, transform, classes, card, products, _count_classes(network, enter, transform, products)
-        )
-        _write(network, enter, transform, weights_output, products, metadata, unfinished)
+        count, batch = _count_classes(network, enter, transform, products)
+        metadata = _metadata(network, transform, classes, loss, card, products, count)
+        _write(network, enter, transform, batch, weights_output, products, metadata, unfinished)
         error = None
         if _is_installed("onnxruntime"):
             error = disagreement(unfinished, network, enter, _shape(transform), products)
@@ -121,6 +127,7 @@ def _write(
     network: nn.Module,
     enter: Callable[[Tensor], Tensor],
     transform: ImageTransform,
+    batch: int,
     weights_output: bool,
     products: ProductPolicy,
     metadata: dict[str, str],
@@ -135,23 +142,36 @@ def _write(
     outputs = ["logits", "contributions", *["weights"] * weights_output]
     try:
         with untouched(torch.device("cpu")):
-            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, products, weights_output)
-        model = onnx_model(trace, shape, outputs)
+            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
+        model = onnx_model(trace, shape, batch, outputs)
     except Exception as error:  # tracers and exporters answer what they cannot do with nearly every kind of exception
         raise ValueError(f"the explanation of the network cannot be exported: {_reason(error)}") from error
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     model.producer_name, model.producer_version = "bcoskit", __version__
-    onnx_ir.save(model, path)
+    _check_size(
+        sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    )
+    try:
+        onnx_ir.save(model, path)
+    except OSError:
+        raise
+    except Exception as error:  # of protobuf, whose kinds are no subclasses of one
+        raise ValueError(
+            f"the file cannot be written, as one of 2 GiB and more cannot: {type(error).__name__}: {error!s:.300}"
+        ) from error
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
     """A copy in single precision, whatever device and precision the network has."""
     network = copy.deepcopy(model).requires_grad_(False).to("cpu", torch.float32)
-    size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    if size >= _LARGEST:
-        raise ValueError(f"the weights have {size / 2**30:.1f} GiB, an ONNX file holds less than 2")
+    _check_size(sum(tensor.nbytes for tensor in network.state_dict().values()))
     return network
+
+
+def _check_size(weights: int) -> None:
+    if weights >= _LARGEST:
+        raise ValueError(f"the weights have {weights / 2**30:.1f} GiB, an ONNX file holds less than 2")
 
 
 def _fused(network: nn.Module) -> nn.Module:
@@ -179,22 +199,30 @@ def _entrance(transform: ImageTransform) -> Callable[[Tensor], Tensor]:
 
 def _count_classes(
     network: nn.Module, enter: Callable[[Tensor], Tensor], transform: ImageTransform, products: ProductPolicy
-) -> int:
-    """The number of logits of a network that `explain` explains; raises as it does."""
+) -> tuple[int, int]:
+    """The number of logits of a network that `explain` explains, and of samples to trace; raises as `explain`."""
     image = torch.rand(1, *_shape(transform), generator=torch.Generator().manual_seed(0))
-    with untouched(image.device), torch.no_grad():
-        output = logits_of(network(enter(image)))
+    x = enter(image)
+    try:
+        with untouched(image.device), torch.no_grad():
+            output = logits_of(network(x))
+    except Exception as error:  # whatever a network raises
+        raise ValueError(
+            f"`model` cannot be run with an input of shape {tuple(x.shape)}, which `transform` makes: {_reason(error)}"
+        ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"`model` has outputs of shape {shape}, must have logits (N, K)")
-    explain(network, enter(image), products=products)
-    return output.shape[1]
+    with SizesSeen() as seen:
+        explain(network, x, products=products)
+    return output.shape[1], batch_size(seen.found)
 
 
 def _metadata(
     network: Any,
     transform: ImageTransform,
     classes: Sequence[str] | None,
+    loss: str | None,
     card: Mapping[str, str] | None,
     products: ProductPolicy,
     count: int,
@@ -205,21 +233,36 @@ def _metadata(
     names = [str(index) for index in range(count)] if names is None else list(names)
     if len(names) != count:
         raise ValueError(f"`classes` has {len(names)} names, the network has {count} logits")
+    unnamed = [name for name in names if not isinstance(name, str)]
+    if unnamed:
+        raise TypeError(f"`classes` must be names, got {unnamed[0]!r:.200} of type {type(unnamed[0]).__name__}")
+    loss_name: Any = getattr(network, "loss", "none") if loss is None else loss
+    if loss_name not in get_args(Loss):
+        raise ValueError(f"`loss` (={loss_name!r:.200}) must be one of {', '.join(get_args(Loss))}")
     name = getattr(network, "name", None)
+    name = name if isinstance(name, str) else None
     known = {
-        **(card or {}),
         "name": name or type(network).__name__,
         "architecture": name.partition(".")[0] if name else type(network).__name__,
-        "loss": getattr(network, "loss", "none"),
+        "loss": loss_name,
         "classes": json.dumps(names),
         "transform": json.dumps(asdict(transform)),
         "products": products,
         "bcoskit_version": __version__,
     }
-    wrong = [key for key, value in known.items() if not isinstance(key, str) or not isinstance(value, str)]
-    if wrong:
-        raise TypeError(f"`card` must hold text by name, its {wrong[0]!r} is {known[wrong[0]]!r:.200}")
-    return known
+    return known | _checked_card(card or {}, known)
+
+
+def _checked_card(card: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """What a card adds to what is known of a network anyway."""
+    for key, value in card.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"`card` must hold text by name, its {key!r} is {value!r:.200}")
+        if key in known:
+            raise ValueError(
+                f"`card` must not hold {key!r} (={value!r:.200}): the file says {known[key]!r:.200} itself"
+            )
+    return dict(card)
 
 
 def _reason(error: BaseException) -> str:

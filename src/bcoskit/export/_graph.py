@@ -11,24 +11,23 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import fx
 
-from bcoskit.export._trace import BATCH
-
 Integers: TypeAlias = npt.NDArray[np.integer[Any]]
 
 _SHAPES = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 """Which input of an operation is a shape."""
 
 
-def onnx_model(trace: fx.GraphModule, shape: tuple[int, int, int], outputs: list[str]) -> ir.Model:
-    """The ONNX graph of a trace of `BATCH` samples, as one of any number of samples.
+def onnx_model(trace: fx.GraphModule, shape: tuple[int, int, int], batch: int, outputs: list[str]) -> ir.Model:
+    """The ONNX graph of a trace of `batch` samples, as one of any number of samples.
 
     Args:
         trace: What `trace_explanation` returns.
         shape: Of one image.
+        batch: Number of samples of the trace: a number of which no other size in it is a multiple.
         outputs: Names of the outputs.
     """
     # Torch wants values; pages of memory that nobody writes to cost nothing.
-    arguments = torch.empty(BATCH, *shape), torch.zeros(BATCH, dtype=torch.int64)
+    arguments = torch.empty(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter, on itself
         program = torch.export.export(trace, arguments)
@@ -36,30 +35,27 @@ def onnx_model(trace: fx.GraphModule, shape: tuple[int, int, int], outputs: list
             program, dynamo=True, input_names=["image", "target"], output_names=outputs, optimize=False, verbose=False
         )
     model: ir.Model = exported.model
-    _free_batch(model)
+    _free_batch(model, batch)
     optimizer.optimize(model)
     return model
 
 
-def _free_batch(model: ir.Model) -> None:
-    """Make every size that is a multiple of `BATCH` that multiple of the number of samples.
-
-    No other size is one, unless by accident, which shows when the graph is run with other batches.
-    """
+def _free_batch(model: ir.Model, batch: int) -> None:
+    """Make every size that is a multiple of `batch` that multiple of the number of samples."""
     graph = model.graph
-    batch = ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
-    graph.insert_before(graph[0], batch)
-    samples = batch.outputs[0]
+    first = ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
+    graph.insert_before(graph[0], first)
+    samples = first.outputs[0]
     for node in list(graph):
         place = _SHAPES.get(node.op_type)
         sizes = None if place is None else _integers(node.inputs[place])
-        if place is not None and sizes is not None and _multiples(sizes).any():
-            node.replace_input_with(place, _free_sizes(node, samples, sizes))
+        if place is not None and sizes is not None and _multiples(sizes, batch).any():
+            node.replace_input_with(place, _free_sizes(node, samples, sizes, batch))
     RemoveUnusedNodesPass()(model)  # with them the constants that those shapes consisted of
     for node in list(graph):
         values = _integers(node.outputs[0]) if node.op_type == "Constant" else None
-        if values is not None and _multiples(values).any():
-            free = _product(node, samples, values)
+        if values is not None and _multiples(values, batch).any():
+            free = _product(node, samples, values, batch)
             if values.ndim == 0:
                 free = _added(node, "Squeeze", free)
             node.outputs[0].replace_all_uses_with(free)
@@ -71,18 +67,18 @@ def _free_batch(model: ir.Model) -> None:
             value.shape = value.shape if value.is_graph_output() else None
 
 
-def _free_sizes(node: ir.Node, samples: ir.Value, sizes: Integers) -> ir.Value:
-    free = _multiples(sizes)
+def _free_sizes(node: ir.Node, samples: ir.Value, sizes: Integers, batch: int) -> ir.Value:
+    free = _multiples(sizes, batch)
     if node.op_type == "Reshape" and free.sum() == 1 and -1 not in sizes:
         return _constant(node, np.where(free, -1, sizes))
-    return _product(node, samples, sizes)
+    return _product(node, samples, sizes, batch)
 
 
-def _product(node: ir.Node, samples: ir.Value, values: Integers) -> ir.Value:
-    """The values (size,), in which `BATCH` is replaced by the number of samples."""
-    free = _multiples(values).reshape(-1)
+def _product(node: ir.Node, samples: ir.Value, values: Integers, batch: int) -> ir.Value:
+    """The values (size,), in which `batch` is replaced by the number of samples."""
+    free = _multiples(values, batch).reshape(-1)
     values = values.reshape(-1)
-    scaled = _added(node, "Mul", samples, _constant(node, np.where(free, values // BATCH, 0)))
+    scaled = _added(node, "Mul", samples, _constant(node, np.where(free, values // batch, 0)))
     return _added(node, "Add", scaled, _constant(node, np.where(free, 0, values)))
 
 
@@ -113,5 +109,5 @@ def _integers(value: ir.Value | None) -> Integers | None:
     return np.concatenate(known) if len(known) == len(parts) else None
 
 
-def _multiples(values: Integers) -> npt.NDArray[np.bool_]:
-    return (values > 0) & (values % BATCH == 0)
+def _multiples(values: Integers, batch: int) -> npt.NDArray[np.bool_]:
+    return (values > 0) & (values % batch == 0)

@@ -1,19 +1,22 @@
 """An explanation as a graph of plain operations, in which no automatic differentiation is left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bcoskit._compile_explain import explanation_program
 from bcoskit.dynamic import ProductPolicy
 from bcoskit.export._decompositions import decompositions
 
-BATCH = 1009
-"""The samples of a trace, which exist as shapes only: a prime number, of which no other size is a multiple."""
+_SAMPLES = 1000
+"""The least number of samples of a trace, which exist as shapes only."""
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
@@ -21,10 +24,48 @@ _SAME = {*_VIEWS, _aten.alias.default, _aten.detach.default, _aten.expand.defaul
 _IN_PLACE = {_aten.add_.Tensor: _aten.add.Tensor, _aten.mul_.Tensor: _aten.mul.Tensor}
 
 
+class SizesSeen(TorchDispatchMode):
+    """While it is on, collects every size and every whole number that operations have to do with.
+
+    Attributes:
+        found: Those numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                self.found.update(leaf.shape)
+                if leaf.ndim == 0 and not leaf.is_floating_point() and not leaf.is_complex():
+                    self.found.add(int(leaf))
+            elif isinstance(leaf, int):
+                self.found.add(leaf)
+        return result
+
+
+def batch_size(numbers: Collection[int]) -> int:
+    """How many samples to trace: a prime, so that no product of numbers is a multiple of it unless one of them is.
+
+    Args:
+        numbers: What `SizesSeen` has found with a single sample, of which none is a multiple of the result but 0.
+    """
+    return next(
+        size
+        for size in count(_SAMPLES)
+        if all(size % factor for factor in range(2, int(size**0.5) + 1))
+        and all(number == 0 or number % size for number in numbers)
+    )
+
+
 def trace_explanation(
     model: Callable[[Tensor], Tensor],
     enter: Callable[[Tensor], Tensor],
     shape: tuple[int, int, int],
+    batch: int,
     products: ProductPolicy,
     with_weights: bool,
 ) -> fx.GraphModule:
@@ -34,12 +75,13 @@ def trace_explanation(
         model: A network in evaluation mode with logits (N, K).
         enter: Makes the network's input of images.
         shape: Of one image.
+        batch: Number of samples, as of `batch_size`.
         products: As of `explain`.
         with_weights: Whether W(x) is returned too.
 
     Returns:
         A graph of images (N, *shape) and class indices (N,), -1 for the prediction, which returns logits (N, K),
-        contributions (N, H, W), and perhaps W(x). It is of `BATCH` samples.
+        contributions (N, H, W), and perhaps W(x). N is `batch`.
     """
     program = explanation_program(model, products)
 
@@ -55,7 +97,7 @@ def trace_explanation(
         return (logits, contributions, rows) if with_weights else (logits, contributions)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        arguments = torch.empty(BATCH, *shape), torch.empty(BATCH, dtype=torch.int64)
+        arguments = torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
     tracer: Any = make_fx(run, decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     return _simplified(tracer(*arguments)).eval()
 
