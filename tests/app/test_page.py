@@ -302,6 +302,28 @@ class TestTabs:
         (tmp_path / "explanation.npz").write_bytes(base64.b64decode(data))
         assert len(Explanation.load(tmp_path / "explanation.npz")) == 1
 
+    def test_comparisons_at_the_same_time_do_not_mix(self, server, monkeypatch):
+        attribute, together = server.service.attribute, threading.Barrier(2)
+
+        def attribute_together(*args, **kwargs):
+            together.wait(10)
+            return attribute(*args, **kwargs)
+
+        monkeypatch.setattr(server.service, "attribute", attribute_together)
+        titles = {"input_x_gradient": "Input x Gradient", "guided_backprop": "Guided Backpropagation"}
+
+        def compared(method):
+            tab = Tab(server)
+            tab.fire("examples", "click", *CONTROLS, index=3)
+            return tab.fire("compare", "click", None, [method], 1)[0]
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(compared, titles))
+        for told, own in zip(found, titles, strict=True):
+            assert [told.count(f"<figcaption>{title}") for title in titles.values()] == [
+                2 * (method == own) for method in titles
+            ]
+
     def test_what_cannot_be_done(self, server):
         tab = Tab(server)
         assert "choose an image first" in tab.fire("pack", "click", None, "npz")
