@@ -199,9 +199,36 @@ class TestRefusals:
         small = {"files": ("small.png", bytes(MAX_BYTES - 1000))}
         assert httpx.post(f"{server.address}/gradio_api/upload", files=small).status_code == 200
 
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "file=http://example.com/x.iso",
+            "file/http://example.com/x.iso",
+            "proxy=https://x.hf.space/",
+            "deep_link?session_hash=x",
+            "vibe-code",
+            "stream/a/b/1/playlist.m3u8",
+            "info/../deep_link?session_hash=x",
+        ],
+    )
+    def test_what_the_page_does_not_need(self, server, path):
+        assert httpx.get(f"{server.address}/gradio_api/{path}").status_code == 403
+        for name in ("run/explain", "run/predict", "api/explain", "component_server", "process_recording"):
+            assert httpx.post(f"{server.address}/gradio_api/{name}", json={"data": []}).status_code == 403
+        assert httpx.request("OPTIONS", f"{server.address}/gradio_api/upload").status_code == 403
+        assert httpx.get(f"{server.address}/gradio_api/info").status_code == 200
+
+    def test_no_copy_of_what_a_tab_shows(self, server):
+        tab = Tab(server)
+        tab.fire("examples", "click", *CONTROLS, index=3)
+        assert (
+            httpx.get(f"{server.address}/gradio_api/deep_link", params={"session_hash": tab.session}).status_code == 403
+        )
+        assert not [path for path in server.folder.rglob("*") if path.name == "deep_links"]
+
     def test_files_of_the_machine(self, server):
         for path in ("/etc/hostname", str(CAT), "../../etc/hostname"):
-            assert httpx.get(f"{server.address}/gradio_api/file={path}").status_code in (403, 404)
+            assert httpx.get(f"{server.address}/gradio_api/file={path}").status_code == 403
 
     def test_a_client_that_goes_in_the_middle(self, server, client):
         host, port = server.address.removeprefix("http://").split(":")
@@ -238,16 +265,16 @@ class Tab:
 
     def __init__(self, server):
         self._http = httpx.Client(base_url=server.address, timeout=60)
-        self._session = secrets.token_hex(6)
+        self.session = secrets.token_hex(6)
         self._config = self._http.get("/config").json()
 
     def fire(self, element, event, *data, **event_data):
         """The outputs of an event, or the note that it leaves on the page."""
         target = next(each["id"] for each in self._config["components"] if each["props"].get("elem_id") == element)
         index = next(each["id"] for each in self._config["dependencies"] if [target, event] in each["targets"])
-        asked = {"data": data, "fn_index": index, "session_hash": self._session, "event_data": event_data or None}
+        asked = {"data": data, "fn_index": index, "session_hash": self.session, "event_data": event_data or None}
         self._http.post("/gradio_api/queue/join", json=asked).raise_for_status()
-        with self._http.stream("GET", f"/gradio_api/queue/data?session_hash={self._session}") as stream:
+        with self._http.stream("GET", f"/gradio_api/queue/data?session_hash={self.session}") as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}
                 if message.get("msg") == "log":

@@ -1,5 +1,7 @@
 """What every request and answer of the server is held to."""
 
+import re
+
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +16,15 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-dns-prefetch-control", b"off"),
 ]
+# What the page and its clients ask for. Gradio also serves addresses of elsewhere, files, copies of what tabs show on
+# disk, and calls past the queue.
+_READ = re.compile(
+    r"/|/(assets|static)/.+|/(config|favicon\.ico|manifest\.json|robots\.txt|theme\.css)"
+    r"|/gradio_api/((info|app_id|openapi\.json|startup-events|theme\.css|upload_progress)/?|queue/(data|status)"
+    r"|heartbeat/[^/]+|call/(v2/)?(explain|compare)/[^/]+)"
+)
+_WRITTEN = re.compile(r"/gradio_api/(upload|queue/join|reset|cancel|call/(v2/)?(explain|compare))/?")
+_ALLOWED = {"GET": _READ, "HEAD": _READ, "POST": _WRITTEN}
 _AROUND = 100_000  # bytes of a request that has a file, besides the file
 
 
@@ -22,7 +33,7 @@ class TooLargeError(Exception):
 
 
 class Limits:
-    """Refuses requests with too many bytes, while they come in, and lets pages load nothing from elsewhere.
+    """Refuses what the page does not need, and too many bytes while they come in; pages load nothing from elsewhere.
 
     Args:
         app: The application behind it.
@@ -37,6 +48,10 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        allowed = _ALLOWED.get(scope["method"])
+        if allowed is None or not allowed.fullmatch(scope["path"]):
+            await _refuse(send, 403, "This address is not part of the page.")
+            return
         request = _Request(receive, send, self._max_bytes + _AROUND)
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told) > self._max_bytes + _AROUND:
@@ -50,10 +65,13 @@ class Limits:
                 if request.answered:  # too late for another answer: the connection ends
                     raise
         if request.too_large and not request.answered:
-            text = f"The image is too large: at most {self._max_bytes / 1e6:g} MB are allowed.".encode()
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), *_HEADERS]
-            await send({"type": "http.response.start", "status": 413, "headers": headers})
-            await send({"type": "http.response.body", "body": text})
+            await _refuse(send, 413, f"The image is too large: at most {self._max_bytes / 1e6:g} MB are allowed.")
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), *_HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 class _Request:

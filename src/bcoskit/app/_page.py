@@ -197,7 +197,7 @@ class _Fields:
         self.page.load(self.open_first, controls, news, **quiet)
         opened = self.upload.upload(self.open_upload, [self.upload, *controls], news, **quiet)
         # Whether it could be opened or not, the field is free for the next one.
-        opened.then(lambda: None, None, self.upload, queue=False, api_visibility="private", show_progress="hidden")
+        opened.then(lambda: None, None, self.upload, api_visibility="private", show_progress="hidden")
         self.examples.click(self.open_example, controls, news, **quiet)
         self.classes.click(self.choose_class, [self.state, *controls], news, **quiet)
         for choice in (self.target, self.versus):
