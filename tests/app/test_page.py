@@ -190,12 +190,15 @@ class TestRefusals:
                 yield bytes(100_000)
 
         large = {"files": ("large.png", bytes(MAX_BYTES + 200_000))}
-        for answer in (
-            httpx.post(f"{server.address}/gradio_api/upload", files=large),
-            httpx.post(f"{server.address}/gradio_api/queue/join", content=pieces()),
+        told = "The image is too large: at most 1 MB are allowed."
+        for address, given, message in (
+            ("upload", {"files": large}, told),
+            ("queue/join", {"content": pieces()}, told.replace("image", "request").replace("1 MB", "0.1 MB")),
+            ("call/explain", {"content": bytes(200_000)}, told.replace("image", "request").replace("1 MB", "0.1 MB")),
         ):
-            assert answer.status_code == 413
-            assert answer.text == "The image is too large: at most 1 MB are allowed."
+            answer = httpx.post(f"{server.address}/gradio_api/{address}", **given)
+            assert (answer.status_code, answer.text) == (413, message)
+        assert httpx.post(f"{server.address}/gradio_api/call/explain", content=bytes(90_000)).status_code == 422
         small = {"files": ("small.png", bytes(MAX_BYTES - 1000))}
         assert httpx.post(f"{server.address}/gradio_api/upload", files=small).status_code == 200
 

@@ -25,7 +25,8 @@ _READ = re.compile(
 )
 _WRITTEN = re.compile(r"/gradio_api/(upload|queue/join|reset|cancel|call/(v2/)?(explain|compare))/?")
 _ALLOWED = {"GET": _READ, "HEAD": _READ, "POST": _WRITTEN}
-_AROUND = 100_000  # bytes of a request that has a file, besides the file
+_UPLOAD = "/gradio_api/upload"
+_AROUND = 100_000  # bytes of a request besides the file that it may have
 
 
 class TooLargeError(Exception):
@@ -48,13 +49,15 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        allowed = _ALLOWED.get(scope["method"])
-        if allowed is None or not allowed.fullmatch(scope["path"]):
+        addresses = _ALLOWED.get(scope["method"])
+        if addresses is None or not addresses.fullmatch(scope["path"]):
             await _refuse(send, 403, "This address is not part of the page.")
             return
-        request = _Request(receive, send, self._max_bytes + _AROUND)
+        is_upload = scope["path"].rstrip("/") == _UPLOAD
+        most = self._max_bytes + _AROUND if is_upload else _AROUND
+        request = _Request(receive, send, most)
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self._max_bytes + _AROUND:
+        if told.isdigit() and int(told) > most:
             request.too_large = True
         else:
             try:
@@ -65,7 +68,8 @@ class Limits:
                 if request.answered:  # too late for another answer: the connection ends
                     raise
         if request.too_large and not request.answered:
-            await _refuse(send, 413, f"The image is too large: at most {self._max_bytes / 1e6:g} MB are allowed.")
+            name, allowed = ("image", self._max_bytes) if is_upload else ("request", most)
+            await _refuse(send, 413, f"The {name} is too large: at most {allowed / 1e6:g} MB are allowed.")
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:
