@@ -1,9 +1,12 @@
 """What every request and answer of the server is held to."""
 
 import re
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bcoskit.app._keeper import Uploads
 
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -39,10 +42,11 @@ class Limits:
     Args:
         app: The application behind it.
         max_bytes: Of a file.
+        uploads: Where files go.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, uploads: Uploads) -> None:
+        self._app, self._max_bytes, self._uploads = app, max_bytes, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on one request."""
@@ -55,7 +59,10 @@ class Limits:
             return
         is_upload = scope["path"].rstrip("/") == _UPLOAD
         most = self._max_bytes + _AROUND if is_upload else _AROUND
-        request = _Request(receive, send, most)
+        if is_upload and self._uploads.full:
+            await _refuse(send, 507, "There are too many images at once: try again in some minutes.")
+            return
+        request = _Request(receive, send, most, self._uploads.add if is_upload else None)
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told) > most:
             request.too_large = True
@@ -81,13 +88,16 @@ async def _refuse(send: Send, status: int, text: str) -> None:
 class _Request:
     """A request of which at most so many bytes are read."""
 
-    def __init__(self, receive: Receive, send: Send, most: int) -> None:
-        self._receive, self._send, self._left = receive, send, most
+    def __init__(self, receive: Receive, send: Send, most: int, count: Callable[[int], None] | None) -> None:
+        self._receive, self._send, self._left, self._count = receive, send, most, count
         self.too_large = self.answered = False
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._left -= len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self._left -= size
+        if self._count is not None:
+            self._count(size)
         if self._left < 0:
             self.too_large = True
             raise TooLargeError

@@ -35,8 +35,7 @@ _FAILED = "This cannot be done"
 _PROGRESS = gr.Progress()  # which Gradio finds as the default of an argument
 _NONE = -1  # of a class that is not chosen
 _SWEEPS = (30, 300)  # every so many seconds, of files of uploads that are older than so many
-_KEPT = 1800  # seconds that a tab's image stays in memory
-_SESSIONS = 64
+_SESSIONS = 128  # tabs whose image stays in memory
 _FIRST = "chelsea"  # of the package's photographs
 _FORMATS = ("npz", "safetensors")
 
@@ -130,7 +129,7 @@ class _Fields:
         self.photographs = _photographs()
         size = service.model.transform.size
         choices = list(zip(service.classes, range(len(service.classes)), strict=True))
-        self.state = gr.State(None, time_to_live=_KEPT)
+        self.state = gr.State(None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280, elem_id="choose"):
                 self.upload = upload_field(label="Photograph", height=112, elem_id="upload")
@@ -375,7 +374,9 @@ def _drawn(html: str, **options: Any) -> gr.HTML:
 
 def _opened(state: Shown | None) -> Shown:
     if state is None:
-        raise ValueError("choose an image first (one that was opened more than half an hour ago is forgotten)")
+        raise ValueError(
+            "choose an image first (a tab's is forgotten after half an hour without use, or when many tabs are open)"
+        )
     return state
 
 
