@@ -22,6 +22,7 @@ def show_app(
     ordinary_weights: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allowed_hosts: list[str] = [],  # noqa: B006 - shown by --help, and never changed
     open: bool = False,
     max_megabytes: float = 20,
     max_megapixels: float = 50,
@@ -37,6 +38,7 @@ def show_app(
         ordinary_weights: File or URL of its weights; by default those that go with its name.
         host: The address. Everyone who reaches it can use the page: there are no passwords.
         port: The port; 0 for any that is free.
+        allowed_hosts: Names by which browsers reach the page, such as that of a proxy; other names are refused.
         open: Also open the page in the browser of this machine.
         max_megabytes: Largest image that is taken.
         max_megapixels: Largest number of its pixels, in millions.
@@ -66,7 +68,7 @@ def show_app(
         max_pixels=int(max_megapixels * 1e6),
         batch_size=batch_size,
     )
-    serve(service, host=host, port=port, ready=_told(host, open))
+    serve(service, host=host, port=port, allowed_hosts=allowed_hosts, ready=_told(host, open))
     Console(stderr=True).print("stopped")
     return 0
 

@@ -51,7 +51,10 @@ class Server:
         self.folder, self._ready = folder, threading.Event()
         self.service = ExplanationService(model, ordinary, max_bytes=MAX_BYTES, max_pixels=1_000_000)
         self._thread = threading.Thread(
-            target=serve, args=(self.service,), kwargs={"port": 0, "ready": self._note}, daemon=True
+            target=serve,
+            args=(self.service,),
+            kwargs={"port": 0, "ready": self._note, "allowed_hosts": ["Proxy.example"]},
+            daemon=True,
         )
         self._thread.start()
         assert self._ready.wait(120)
@@ -203,6 +206,40 @@ class TestRefusals:
         assert httpx.post(f"{server.address}/gradio_api/upload", files=small).status_code == 200
 
     @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"host": "attacker.example"}, 403),
+            ({"host": "localhost.attacker.example:80"}, 403),
+            ({"host": "127.0.0.1.attacker.example"}, 403),
+            ({"host": ""}, 403),
+            ({"host": "[x"}, 403),
+            ({"host": "attacker.example@localhost"}, 403),
+            ({"origin": "http://127.0.0.1:1"}, 403),
+            ({"origin": f"http://{socket.gethostname()}:1"}, 403),
+            ({"host": socket.gethostname()}, 200),
+            ({"origin": "https://attacker.example"}, 403),
+            ({"origin": "null"}, 403),
+            ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+            ({"host": "localhost"}, 200),
+            ({"host": "LOCALHOST:7860", "origin": "http://localhost:7860"}, 200),
+            ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+            ({"host": "192.168.1.7"}, 200),
+            ({"host": "proxy.example", "origin": "https://proxy.example"}, 200),
+            ({"origin": "https://proxy.example"}, 200),
+        ],
+    )
+    def test_other_websites(self, server, headers, status):
+        answer = httpx.get(f"{server.address}/config", headers=headers)
+        assert answer.status_code == status
+        assert "access-control-allow-origin" not in answer.headers or status == 200
+
+    def test_a_request_does_not_say_where_the_page_is(self, server):
+        headers = {"x-forwarded-host": "attacker.example", "x-gradio-server": "http://attacker.example"}
+        answer = httpx.get(f"{server.address}/config", headers=headers)
+        assert "attacker" not in answer.text
+        assert answer.json()["root"] == server.address
+
+    @pytest.mark.parametrize(
         "path",
         [
             "file=http://example.com/x.iso",
@@ -236,7 +273,9 @@ class TestRefusals:
     def test_a_client_that_goes_in_the_middle(self, server, client):
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nabc")
+            connection.sendall(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\nabc"
+            )
         assert explained(client, CAT)["target"]["class"] == "cat"
 
 

@@ -1,8 +1,10 @@
 """What every request and answer of the server is held to."""
 
+import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +30,9 @@ _READ = re.compile(
 )
 _WRITTEN = re.compile(r"/gradio_api/(upload|queue/join|reset|cancel|call/(v2/)?(explain|compare))/?")
 _ALLOWED = {"GET": _READ, "HEAD": _READ, "POST": _WRITTEN}
+# By these a request would decide where Gradio thinks that the page is; the server reads those of a local proxy before.
+_DECIDED = re.compile(rb"x-forwarded-|x-gradio-server|forwarded$")
+_HOST = re.compile(r"((?P<name>[a-zA-Z0-9._-]+)|\[(?P<address>[0-9a-fA-F:.]+)\])(:[0-9]+)?")
 _UPLOAD = "/gradio_api/upload"
 _AROUND = 100_000  # bytes of a request besides the file that it may have
 
@@ -43,15 +48,25 @@ class Limits:
         app: The application behind it.
         max_bytes: Of a file.
         uploads: Where files go.
+        names: Of this machine: who asks by them must come from a page at the same one. Numeric addresses are known.
+        proxies: Names by which browsers reach the page, whatever the name by which a proxy asks.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, uploads: Uploads) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, uploads: Uploads, names: Iterable[str], proxies: Iterable[str]
+    ) -> None:
         self._app, self._max_bytes, self._uploads = app, max_bytes, uploads
+        self._names, self._proxies = ({name.lower() for name in each} for each in (names, proxies))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        scope = {**scope, "headers": [each for each in scope["headers"] if not _DECIDED.match(each[0])]}
+        refusal = self._misled(Headers(scope=scope))
+        if refusal:
+            await _refuse(send, 403, refusal)
             return
         addresses = _ALLOWED.get(scope["method"])
         if addresses is None or not addresses.fullmatch(scope["path"]):
@@ -77,6 +92,31 @@ class Limits:
         if request.too_large and not request.answered:
             name, allowed = ("image", self._max_bytes) if is_upload else ("request", most)
             await _refuse(send, 413, f"The {name} is too large: at most {allowed / 1e6:g} MB are allowed.")
+
+    def _misled(self, headers: Headers) -> str:
+        """Why a request is not one of the page's: another website sends it, or has given its name to this server."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_ours(host):
+            return f"The host {host[:100]!r} is not known here: name it with --allowed-hosts."
+        asking = host if origin is None else origin.partition("://")[2]
+        # A proxy may ask by another name than browsers do.
+        if asking.lower() != host.lower() and _hostname(asking) not in self._proxies:
+            return f"The page is not for other websites, such as {origin!r:.100}."
+        return ""
+
+    def _is_ours(self, host: str) -> bool:
+        name = _hostname(host)
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._names or name in self._proxies
+        return True  # which no website can make lead elsewhere
+
+
+def _hostname(host: str) -> str:
+    """Of `name:port`, lower case, and without the brackets of IPv6; empty if it is none."""
+    found = _HOST.fullmatch(host)
+    return (found["name"] or found["address"]).lower() if found else ""
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:

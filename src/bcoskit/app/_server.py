@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allowed_hosts: Sequence[str] = (),
     ready: Callable[[str, Callable[[], None]], object] | None = None,
 ) -> None:
     """Show the page of a service until an interrupt (Ctrl-C, or a signal to end).
@@ -44,6 +45,9 @@ def serve(
         service: What explains; it is closed at the end.
         host: The address.
         port: The port; 0 for any that is free.
+        allowed_hosts: Names by which browsers reach the page, such as that of a proxy. Requests for other names are
+            refused, except for `localhost`, `host`, this machine's name and numeric addresses: a website could have
+            its name lead here.
         ready: Called once the page can be opened, as `ready(address, stop)`; `stop` ends the server, from any thread.
 
     Raises:
@@ -51,7 +55,7 @@ def serve(
     """
     listening = _listening(host, port)
     with listening, _own_folder() as folder:
-        app = in_event_loop(lambda: web_app(service, folder))
+        app = in_event_loop(lambda: web_app(service, folder, host, allowed_hosts))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=_GRACE, lifespan="on"))
         server.when_ready = (lambda: None) if ready is None else (lambda: ready(address, server.stop))
@@ -65,12 +69,16 @@ def serve(
             service.close()
 
 
-def web_app(service: ExplanationService, folder: Path) -> fastapi.FastAPI:
+def web_app(
+    service: ExplanationService, folder: Path, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
+) -> fastapi.FastAPI:
     """The page of a service as an application of FastAPI, with limits on what it takes, keeps, and where it may lead.
 
     Args:
         service: What explains.
         folder: Where Gradio writes uploads, `GRADIO_TEMP_DIR`.
+        host: The address.
+        allowed_hosts: As of `serve`.
     """
     uploads = Uploads(folder, _UPLOADS * service.max_bytes)
 
@@ -83,7 +91,8 @@ def web_app(service: ExplanationService, folder: Path) -> fastapi.FastAPI:
             sweeping.cancel()
 
     app = fastapi.FastAPI(openapi_url=None, lifespan=kept)
-    app.add_middleware(Limits, max_bytes=service.max_bytes, uploads=uploads)
+    names = ("localhost", host, socket.gethostname())
+    app.add_middleware(Limits, max_bytes=service.max_bytes, uploads=uploads, names=names, proxies=tuple(allowed_hosts))
     gr.mount_gradio_app(
         app,
         make_page(service),
