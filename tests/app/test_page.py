@@ -169,6 +169,21 @@ class TestRefusals:
             client.predict(None, "", "", False, "none", api_name="/explain")
         assert explained(client, CAT)["target"]["class"] == "cat"
 
+    def test_methods_that_take_minutes(self, client):
+        for method in ("rise", "lime", "kernel_shap", "nothing"):
+            with pytest.raises(AppError, match="must be of: bcos, grad_cam"):
+                client.predict(handle_file(str(CAT)), "cat", method, False, api_name="/compare")
+
+    def test_errors_of_the_server_are_told_to_its_log_alone(self, server, client, monkeypatch, caplog):
+        def fail(*args, **kwargs):
+            raise OSError("/secret/path")
+
+        monkeypatch.setattr(server.service, "explain", fail)
+        with pytest.raises(AppError, match=r"the server has failed \(OSError\)") as caught:
+            explained(client, CAT)
+        assert "secret" not in str(caught.value)
+        assert "/secret/path" in caplog.text
+
     @pytest.mark.parametrize("path", [str(CAT), "/etc/hostname", "../secret.png", "http://127.0.0.1:1/x.png"])
     def test_what_was_not_uploaded(self, server, path):
         image = {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -417,6 +432,7 @@ class TestCommand:
             (["--model", "nothing"], "nothing"),
             (["--ordinary-weights", "x"], "needs `ordinary`"),
             (["--max-megabytes", "0"], "`max_megabytes` (=0.0)"),
+            (["--max-megapixels", "101"], "`max_megapixels` (=101.0) must be positive, and at most 100"),
             (["--port", "99999"], "`port` (=99999)"),
             (["--host", "192.0.2.1"], "`host` (='192.0.2.1') is no address of this machine"),
             (["--ordinary", MODEL, "--batch-size", "0"], "`batch_size` (=0)"),

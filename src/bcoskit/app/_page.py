@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ METHODS = {
     "deep_lift": "DeepLIFT",
     "occlusion": "Occlusion",
 }
+_LOGGER = logging.getLogger(__name__)
 _FAILED = "This cannot be done"
 _PROGRESS = gr.Progress()  # which Gradio finds as the default of an argument
 _NONE = -1  # of a class that is not chosen
@@ -116,9 +118,10 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _line(error: Exception) -> str:
     """What an error says, without anything of a user's in its markup."""
-    known = isinstance(error, (ValueError, NotLinearError))
-    message = str(error) if known else f"{type(error).__name__}: {error}"
-    return escape(message[:600], quote=False)
+    if isinstance(error, (ValueError, NotLinearError)):
+        return escape(str(error)[:600], quote=False)
+    _LOGGER.error("a request has failed", exc_info=error)
+    return f"the server has failed ({type(error).__name__}); its log says why"
 
 
 class _Fields:
@@ -350,6 +353,8 @@ def _add_api(service: ExplanationService) -> None:
         index = service.class_index(target)
         if index is None:
             raise ValueError("`target` must name a class")
+        if method not in ("bcos", *METHODS):  # others take minutes, in which nobody else is answered
+            raise ValueError(f"`method` (={method[:60]!r}) must be of: bcos, {', '.join(METHODS)}")
         found = service.attribute(photograph, index, method, ordinary=ordinary)
         return {"shape": list(found.shape), "contributions": packed(found)}
 
