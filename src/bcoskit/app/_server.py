@@ -38,8 +38,8 @@ def serve(
 ) -> None:
     """Show the page of a service until an interrupt (Ctrl-C, or a signal to end).
 
-    No file is kept: uploads lie in a folder that only this user can read, for five minutes at most, and the folder goes
-    when the server does. Nothing else is written, and nothing is sent to or loaded from elsewhere.
+    No file is kept: uploads lie in a folder that only this user can read, for five and a half minutes at most, and the
+    folder goes when the server does. Nothing else is written, and nothing is sent to or loaded from elsewhere.
 
     Args:
         service: What explains; it is closed at the end.
