@@ -22,6 +22,7 @@ def show_app(
     ordinary_weights: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allowed_hosts: list[str] = [],  # noqa: B006 - shown by --help, and never changed
     open: bool = False,
     max_megabytes: float = 20,
     max_megapixels: float = 50,
@@ -37,9 +38,10 @@ def show_app(
         ordinary_weights: File or URL of its weights; by default those that go with its name.
         host: The address. Everyone who reaches it can use the page: there are no passwords.
         port: The port; 0 for any that is free.
+        allowed_hosts: Names by which browsers reach the page, such as that of a proxy; other names are refused.
         open: Also open the page in the browser of this machine.
         max_megabytes: Largest image that is taken.
-        max_megapixels: Largest number of its pixels, in millions.
+        max_megapixels: Largest number of its pixels, in millions, at most 100.
         batch_size: Images of several users that are explained at once.
         device: Where to compute, such as cpu or cuda; by default cuda where there is one.
 
@@ -49,9 +51,9 @@ def show_app(
     Raises:
         ValueError: If an option is out of its range, the port is in use, or the networks do not fit one another.
     """
-    for name, value in (("max_megabytes", max_megabytes), ("max_megapixels", max_megapixels)):
-        if not 0 < value <= 10_000:
-            raise ValueError(f"`{name}` (={value}) must be positive, and at most 10000")
+    for name, value, most in (("max_megabytes", max_megabytes, 10_000), ("max_megapixels", max_megapixels, 100)):
+        if not 0 < value <= most:
+            raise ValueError(f"`{name}` (={value}) must be positive, and at most {most}")
     if ordinary is None and ordinary_weights is not None:
         raise ValueError(f"`ordinary_weights` (={ordinary_weights!r}) needs `ordinary`, the name of their network")
     chosen = device_named(device)
@@ -66,7 +68,7 @@ def show_app(
         max_pixels=int(max_megapixels * 1e6),
         batch_size=batch_size,
     )
-    serve(service, host=host, port=port, ready=_told(host, open))
+    serve(service, host=host, port=port, allowed_hosts=allowed_hosts, ready=_told(host, open))
     Console(stderr=True).print("stopped")
     return 0
 

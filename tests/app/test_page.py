@@ -51,7 +51,10 @@ class Server:
         self.folder, self._ready = folder, threading.Event()
         self.service = ExplanationService(model, ordinary, max_bytes=MAX_BYTES, max_pixels=1_000_000)
         self._thread = threading.Thread(
-            target=serve, args=(self.service,), kwargs={"port": 0, "ready": self._note}, daemon=True
+            target=serve,
+            args=(self.service,),
+            kwargs={"port": 0, "ready": self._note, "allowed_hosts": ["Proxy.example"]},
+            daemon=True,
         )
         self._thread.start()
         assert self._ready.wait(120)
@@ -166,6 +169,21 @@ class TestRefusals:
             client.predict(None, "", "", False, "none", api_name="/explain")
         assert explained(client, CAT)["target"]["class"] == "cat"
 
+    def test_methods_that_take_minutes(self, client):
+        for method in ("rise", "lime", "kernel_shap", "nothing"):
+            with pytest.raises(AppError, match="must be of: bcos, grad_cam"):
+                client.predict(handle_file(str(CAT)), "cat", method, False, api_name="/compare")
+
+    def test_errors_of_the_server_are_told_to_its_log_alone(self, server, client, monkeypatch, caplog):
+        def fail(*args, **kwargs):
+            raise OSError("/secret/path")
+
+        monkeypatch.setattr(server.service, "explain", fail)
+        with pytest.raises(AppError, match=r"the server has failed \(OSError\)") as caught:
+            explained(client, CAT)
+        assert "secret" not in str(caught.value)
+        assert "/secret/path" in caplog.text
+
     @pytest.mark.parametrize("path", [str(CAT), "/etc/hostname", "../secret.png", "http://127.0.0.1:1/x.png"])
     def test_what_was_not_uploaded(self, server, path):
         image = {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -190,23 +208,89 @@ class TestRefusals:
                 yield bytes(100_000)
 
         large = {"files": ("large.png", bytes(MAX_BYTES + 200_000))}
-        for answer in (
-            httpx.post(f"{server.address}/gradio_api/upload", files=large),
-            httpx.post(f"{server.address}/gradio_api/queue/join", content=pieces()),
+        told = "The image is too large: at most 1 MB are allowed."
+        for address, given, message in (
+            ("upload", {"files": large}, told),
+            ("queue/join", {"content": pieces()}, told.replace("image", "request").replace("1 MB", "0.1 MB")),
+            ("call/explain", {"content": bytes(200_000)}, told.replace("image", "request").replace("1 MB", "0.1 MB")),
         ):
-            assert answer.status_code == 413
-            assert answer.text == "The image is too large: at most 1 MB are allowed."
+            answer = httpx.post(f"{server.address}/gradio_api/{address}", **given)
+            assert (answer.status_code, answer.text) == (413, message)
+        assert httpx.post(f"{server.address}/gradio_api/call/explain", content=bytes(90_000)).status_code == 422
         small = {"files": ("small.png", bytes(MAX_BYTES - 1000))}
         assert httpx.post(f"{server.address}/gradio_api/upload", files=small).status_code == 200
 
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"host": "attacker.example"}, 403),
+            ({"host": "localhost.attacker.example:80"}, 403),
+            ({"host": "127.0.0.1.attacker.example"}, 403),
+            ({"host": ""}, 403),
+            ({"host": "[x"}, 403),
+            ({"host": "attacker.example@localhost"}, 403),
+            ({"origin": "http://127.0.0.1:1"}, 403),
+            ({"origin": f"http://{socket.gethostname()}:1"}, 403),
+            ({"host": socket.gethostname()}, 200),
+            ({"origin": "https://attacker.example"}, 403),
+            ({"origin": "null"}, 403),
+            ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+            ({"host": "localhost"}, 200),
+            ({"host": "LOCALHOST:7860", "origin": "http://localhost:7860"}, 200),
+            ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+            ({"host": "192.168.1.7"}, 200),
+            ({"host": "proxy.example", "origin": "https://proxy.example"}, 200),
+            ({"origin": "https://proxy.example"}, 200),
+        ],
+    )
+    def test_other_websites(self, server, headers, status):
+        answer = httpx.get(f"{server.address}/config", headers=headers)
+        assert answer.status_code == status
+        assert "access-control-allow-origin" not in answer.headers or status == 200
+
+    def test_a_request_does_not_say_where_the_page_is(self, server):
+        headers = {"x-forwarded-host": "attacker.example", "x-gradio-server": "http://attacker.example"}
+        answer = httpx.get(f"{server.address}/config", headers=headers)
+        assert "attacker" not in answer.text
+        assert answer.json()["root"] == server.address
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "file=http://example.com/x.iso",
+            "file/http://example.com/x.iso",
+            "proxy=https://x.hf.space/",
+            "deep_link?session_hash=x",
+            "vibe-code",
+            "stream/a/b/1/playlist.m3u8",
+            "info/../deep_link?session_hash=x",
+        ],
+    )
+    def test_what_the_page_does_not_need(self, server, path):
+        assert httpx.get(f"{server.address}/gradio_api/{path}").status_code == 403
+        for name in ("run/explain", "run/predict", "api/explain", "component_server", "process_recording"):
+            assert httpx.post(f"{server.address}/gradio_api/{name}", json={"data": []}).status_code == 403
+        assert httpx.request("OPTIONS", f"{server.address}/gradio_api/upload").status_code == 403
+        assert httpx.get(f"{server.address}/gradio_api/info").status_code == 200
+
+    def test_no_copy_of_what_a_tab_shows(self, server):
+        tab = Tab(server)
+        tab.fire("examples", "click", *CONTROLS, index=3)
+        assert (
+            httpx.get(f"{server.address}/gradio_api/deep_link", params={"session_hash": tab.session}).status_code == 403
+        )
+        assert not [path for path in server.folder.rglob("*") if path.name == "deep_links"]
+
     def test_files_of_the_machine(self, server):
         for path in ("/etc/hostname", str(CAT), "../../etc/hostname"):
-            assert httpx.get(f"{server.address}/gradio_api/file={path}").status_code in (403, 404)
+            assert httpx.get(f"{server.address}/gradio_api/file={path}").status_code == 403
 
     def test_a_client_that_goes_in_the_middle(self, server, client):
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nabc")
+            connection.sendall(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\nabc"
+            )
         assert explained(client, CAT)["target"]["class"] == "cat"
 
 
@@ -238,16 +322,16 @@ class Tab:
 
     def __init__(self, server):
         self._http = httpx.Client(base_url=server.address, timeout=60)
-        self._session = secrets.token_hex(6)
+        self.session = secrets.token_hex(6)
         self._config = self._http.get("/config").json()
 
     def fire(self, element, event, *data, **event_data):
         """The outputs of an event, or the note that it leaves on the page."""
         target = next(each["id"] for each in self._config["components"] if each["props"].get("elem_id") == element)
         index = next(each["id"] for each in self._config["dependencies"] if [target, event] in each["targets"])
-        asked = {"data": data, "fn_index": index, "session_hash": self._session, "event_data": event_data or None}
+        asked = {"data": data, "fn_index": index, "session_hash": self.session, "event_data": event_data or None}
         self._http.post("/gradio_api/queue/join", json=asked).raise_for_status()
-        with self._http.stream("GET", f"/gradio_api/queue/data?session_hash={self._session}") as stream:
+        with self._http.stream("GET", f"/gradio_api/queue/data?session_hash={self.session}") as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}
                 if message.get("msg") == "log":
@@ -302,6 +386,28 @@ class TestTabs:
         (tmp_path / "explanation.npz").write_bytes(base64.b64decode(data))
         assert len(Explanation.load(tmp_path / "explanation.npz")) == 1
 
+    def test_comparisons_at_the_same_time_do_not_mix(self, server, monkeypatch):
+        attribute, together = server.service.attribute, threading.Barrier(2)
+
+        def attribute_together(*args, **kwargs):
+            together.wait(10)
+            return attribute(*args, **kwargs)
+
+        monkeypatch.setattr(server.service, "attribute", attribute_together)
+        titles = {"input_x_gradient": "Input x Gradient", "guided_backprop": "Guided Backpropagation"}
+
+        def compared(method):
+            tab = Tab(server)
+            tab.fire("examples", "click", *CONTROLS, index=3)
+            return tab.fire("compare", "click", None, [method], 1)[0]
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(compared, titles))
+        for told, own in zip(found, titles, strict=True):
+            assert [told.count(f"<figcaption>{title}") for title in titles.values()] == [
+                2 * (method == own) for method in titles
+            ]
+
     def test_what_cannot_be_done(self, server):
         tab = Tab(server)
         assert "choose an image first" in tab.fire("pack", "click", None, "npz")
@@ -326,6 +432,7 @@ class TestCommand:
             (["--model", "nothing"], "nothing"),
             (["--ordinary-weights", "x"], "needs `ordinary`"),
             (["--max-megabytes", "0"], "`max_megabytes` (=0.0)"),
+            (["--max-megapixels", "101"], "`max_megapixels` (=101.0) must be positive, and at most 100"),
             (["--port", "99999"], "`port` (=99999)"),
             (["--host", "192.0.2.1"], "`host` (='192.0.2.1') is no address of this machine"),
             (["--ordinary", MODEL, "--batch-size", "0"], "`batch_size` (=0)"),

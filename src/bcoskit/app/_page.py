@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ METHODS = {
     "deep_lift": "DeepLIFT",
     "occlusion": "Occlusion",
 }
+_LOGGER = logging.getLogger(__name__)
 _FAILED = "This cannot be done"
 _PROGRESS = gr.Progress()  # which Gradio finds as the default of an argument
 _NONE = -1  # of a class that is not chosen
 _SWEEPS = (30, 300)  # every so many seconds, of files of uploads that are older than so many
-_KEPT = 1800  # seconds that a tab's image stays in memory
-_SESSIONS = 64
+_SESSIONS = 128  # tabs whose image stays in memory
 _FIRST = "chelsea"  # of the package's photographs
 _FORMATS = ("npz", "safetensors")
 
@@ -117,9 +118,10 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _line(error: Exception) -> str:
     """What an error says, without anything of a user's in its markup."""
-    known = isinstance(error, (ValueError, NotLinearError))
-    message = str(error) if known else f"{type(error).__name__}: {error}"
-    return escape(message[:600], quote=False)
+    if isinstance(error, (ValueError, NotLinearError)):
+        return escape(str(error)[:600], quote=False)
+    _LOGGER.error("a request has failed", exc_info=error)
+    return f"the server has failed ({type(error).__name__}); its log says why"
 
 
 class _Fields:
@@ -130,7 +132,7 @@ class _Fields:
         self.photographs = _photographs()
         size = service.model.transform.size
         choices = list(zip(service.classes, range(len(service.classes)), strict=True))
-        self.state = gr.State(None, time_to_live=_KEPT)
+        self.state = gr.State(None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280, elem_id="choose"):
                 self.upload = upload_field(label="Photograph", height=112, elem_id="upload")
@@ -197,7 +199,7 @@ class _Fields:
         self.page.load(self.open_first, controls, news, **quiet)
         opened = self.upload.upload(self.open_upload, [self.upload, *controls], news, **quiet)
         # Whether it could be opened or not, the field is free for the next one.
-        opened.then(lambda: None, None, self.upload, queue=False, api_visibility="private", show_progress="hidden")
+        opened.then(lambda: None, None, self.upload, api_visibility="private", show_progress="hidden")
         self.examples.click(self.open_example, controls, news, **quiet)
         self.classes.click(self.choose_class, [self.state, *controls], news, **quiet)
         for choice in (self.target, self.versus):
@@ -351,6 +353,8 @@ def _add_api(service: ExplanationService) -> None:
         index = service.class_index(target)
         if index is None:
             raise ValueError("`target` must name a class")
+        if method not in ("bcos", *METHODS):  # others take minutes, in which nobody else is answered
+            raise ValueError(f"`method` (={method[:60]!r}) must be of: bcos, {', '.join(METHODS)}")
         found = service.attribute(photograph, index, method, ordinary=ordinary)
         return {"shape": list(found.shape), "contributions": packed(found)}
 
@@ -375,7 +379,9 @@ def _drawn(html: str, **options: Any) -> gr.HTML:
 
 def _opened(state: Shown | None) -> Shown:
     if state is None:
-        raise ValueError("choose an image first (one that was opened more than half an hour ago is forgotten)")
+        raise ValueError(
+            "choose an image first (a tab's is forgotten after half an hour without use, or when many tabs are open)"
+        )
     return state
 
 

@@ -1,24 +1,30 @@
 """The page on an address."""
 
+import asyncio
 import logging
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import fastapi
 import gradio as gr
 import uvicorn
+from gradio.routes import App
 from gradio.themes import Default
+from starlette.routing import Mount
 
+from bcoskit.app._keeper import Keeper, Uploads
 from bcoskit.app._limits import Limits
 from bcoskit.app._page import asset, in_event_loop, make_page
 from bcoskit.app._service import ExplanationService
 
 _LOGGER = logging.getLogger("uvicorn.error")
+_UPLOADS = 20  # of the largest size that are kept at once
 _GRACE = 2  # seconds that open connections have when the server ends
 
 
@@ -27,25 +33,29 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allowed_hosts: Sequence[str] = (),
     ready: Callable[[str, Callable[[], None]], object] | None = None,
 ) -> None:
     """Show the page of a service until an interrupt (Ctrl-C, or a signal to end).
 
-    No file is kept: uploads lie in a folder that only this user can read, for five minutes at most, and the folder goes
-    when the server does. Nothing else is written, and nothing is sent to or loaded from elsewhere.
+    No file is kept: uploads lie in a folder that only this user can read, for five and a half minutes at most, and the
+    folder goes when the server does. Nothing else is written, and nothing is sent to or loaded from elsewhere.
 
     Args:
         service: What explains; it is closed at the end.
         host: The address.
         port: The port; 0 for any that is free.
+        allowed_hosts: Names by which browsers reach the page, such as that of a proxy. Requests for other names are
+            refused, except for `localhost`, `host`, this machine's name and numeric addresses: a website could have
+            its name lead here.
         ready: Called once the page can be opened, as `ready(address, stop)`; `stop` ends the server, from any thread.
 
     Raises:
         ValueError: If the port is in use or out of range, or the address is not one of this machine.
     """
     listening = _listening(host, port)
-    with listening, _own_folder():
-        app = in_event_loop(lambda: web_app(service))
+    with listening, _own_folder() as folder:
+        app = in_event_loop(lambda: web_app(service, folder, host, allowed_hosts))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=_GRACE, lifespan="on"))
         server.when_ready = (lambda: None) if ready is None else (lambda: ready(address, server.stop))
@@ -59,10 +69,30 @@ def serve(
             service.close()
 
 
-def web_app(service: ExplanationService) -> fastapi.FastAPI:
-    """The page of a service as an application of FastAPI, with limits on what it takes and where it may lead."""
-    app = fastapi.FastAPI(openapi_url=None)
-    app.add_middleware(Limits, max_bytes=service.max_bytes)
+def web_app(
+    service: ExplanationService, folder: Path, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
+) -> fastapi.FastAPI:
+    """The page of a service as an application of FastAPI, with limits on what it takes, keeps, and where it may lead.
+
+    Args:
+        service: What explains.
+        folder: Where Gradio writes uploads, `GRADIO_TEMP_DIR`.
+        host: The address.
+        allowed_hosts: As of `serve`.
+    """
+    uploads = Uploads(folder, _UPLOADS * service.max_bytes)
+
+    @asynccontextmanager
+    async def kept(app: fastapi.FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(app.state.keeper.run())
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+
+    app = fastapi.FastAPI(openapi_url=None, lifespan=kept)
+    names = ("localhost", host, socket.gethostname())
+    app.add_middleware(Limits, max_bytes=service.max_bytes, uploads=uploads, names=names, proxies=tuple(allowed_hosts))
     gr.mount_gradio_app(
         app,
         make_page(service),
@@ -76,6 +106,8 @@ def web_app(service: ExplanationService) -> fastapi.FastAPI:
         enable_monitoring=False,
         footer_links=["api"],
     )
+    mounted = next(route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, App))
+    app.state.keeper = Keeper(mounted, uploads)
     return app
 
 
@@ -115,13 +147,13 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _own_folder() -> Iterator[None]:
+def _own_folder() -> Iterator[Path]:
     """Gradio's files in a folder that only this user can read, and that goes when the server does."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="bcoskit-app-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
-            yield
+            yield Path(folder)
         finally:
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bcoskit._explain import Explanation, explain
 from bcoskit.app._batches import Batcher
 from bcoskit.data import ImageError, ImageTransform, read_image
-from bcoskit.data._images import pixels
+from bcoskit.data._images import MAX_PIXELS, pixels
 from bcoskit.evaluation import METHODS, attribute
 from bcoskit.models import Network
 
@@ -57,12 +57,13 @@ class ExplanationService:
         model: A network of `create_model`, in evaluation mode.
         ordinary: A network of `create_model` without B-cos layers that knows the same classes.
         max_bytes: Size of an image that is read.
-        max_pixels: Number of its pixels.
+        max_pixels: Number of its pixels, at most 100 million.
         batch_size: Images that are explained at once.
 
     Raises:
         TypeError: If a network is not one of `create_model`.
-        ValueError: If a number is not positive, a network is in training mode, or the two have other classes.
+        ValueError: If a number is not positive or too large, a network is in training mode, or the two have other
+            classes.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class ExplanationService:
         for name, value in (("max_bytes", max_bytes), ("max_pixels", max_pixels), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}` (={value}) must be positive")
+        if max_pixels > MAX_PIXELS:
+            raise ValueError(f"`max_pixels` (={max_pixels}) must be at most {MAX_PIXELS}, as of `read_image`")
         self.model, self.ordinary = model, ordinary
         self.max_bytes, self.max_pixels = max_bytes, max_pixels
         self.classes = tuple(model.classes)

@@ -9,9 +9,10 @@ from gradio.data_classes import FileData
 
 
 def upload_field(**options: Any) -> gr.File:
-    """A field that hands over the bytes of the file that a user gives; its name, which the user chooses, goes nowhere.
+    """A field that hands over the bytes of the file that a user gives, and nothing of its name.
 
-    The file stays until the page's next sweep: users who upload the same image share it.
+    Gradio names its file by the user's, without special characters, in a folder named by the content. The file stays
+    until the page's next sweep: users who upload the same image share it.
     """
     # No class of our own: Gradio writes a file beside the source of each subclass of its components.
     field = gr.File(**options)
