@@ -135,7 +135,8 @@ class Data(lightning.LightningDataModule):
         """Of the epoch that comes next."""
         assert self.trainer is not None
         # `current_epoch` is one too few here when a run is resumed.
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        epoch: int = progress.processed
         self.has_trained = epoch < (self.trainer.max_epochs or 0)
         images = self._images[0]
         if isinstance(images, StreamedImages):
