@@ -1,7 +1,6 @@
 """`bcoskit evaluate`: accuracy of a network, and the quality of its explanations by any method."""
 
 import json as json_format
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bcoskit._devices import device_named
+from bcoskit._processes import is_first
 from bcoskit.data import ImageDataset, open_dataset
 from bcoskit.evaluation import (
     METHODS,
@@ -163,7 +163,7 @@ def evaluate_model(
     pointing = [result for result in results if result.metric == "grid_pointing"]
     if pointing and window is None and not rescale:
         example_sheet(network, dataset, pointing, methods, out / "grid_pointing_examples.png")
-    if os.environ.get("RANK", "0") != "0":  # of several processes, which all have all rows, one tells of them
+    if not is_first():  # of several processes, which all have all rows, one tells of them
         return 1 if summary["failures"] else 0
     if json:
         Console(soft_wrap=True, markup=False, highlight=False).print(json_format.dumps(summary))

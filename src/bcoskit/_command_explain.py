@@ -3,7 +3,6 @@
 import hashlib
 import json as json_lines
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from bcoskit._devices import device_named
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
 from bcoskit._fingerprint import fingerprint
+from bcoskit._processes import share
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
@@ -93,7 +93,7 @@ def explain_images(
         raise ValueError(f"`out` (={str(out)!r}) must be a folder")
     if compile and shares:
         raise ValueError("`compile` (=True) needs `--no-shares`: constants are evaluated one image at a time")
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = share()
     network = _Network.load(model, weights, device_named(device))
     if top is None:
         top = min(_TOP, len(network.classes))

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from bcoskit._processes import is_first
 from bcoskit._text import printable
 
 
@@ -91,9 +92,6 @@ def _training() -> Any:
     except ModuleNotFoundError as error:
         raise ImportError(f"training needs {error.name}: pip install 'bcoskit[train]'") from error
 
-
-# Of this process among those of a run, by torchrun, Lightning or SLURM.
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 COMMANDS = {
     "explain": Command("Explain images: a table, and a picture for each.", _explain, ("images", "+")),
@@ -174,7 +172,7 @@ def _run(arguments: list[str]) -> int:
         result = function(**values)
     if isinstance(result, int):
         return result
-    if any(os.environ.get(name, "0") != "0" for name in _RANKS):  # one of several processes is to tell
+    if not is_first():
         return 0
     sys.stdout.writelines(f"{name}: {value:.4f}\n" for name, value in result.items())
     return 0

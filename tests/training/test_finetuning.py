@@ -13,17 +13,9 @@ from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.models import create_model, save_model
 from bcoskit.training import align, train
 from bcoskit.training._align import Aligner, alignment_loss
-from training_runs import break_off, same_weights, write_images
+from training_runs import break_off, same_weights
 
 NAME = "resnet20.standard_cifar10"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_images(root, "train", 8)
-    write_images(root, "test", 3)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,11 @@ from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.models import create_model, model_row, save_model
 from bcoskit.training import FineTuning, Optimization, train
 from bcoskit.training._finetune import Freezing, parameter_groups
-from training_runs import break_off, same_weights, state_of, write_images
+from training_runs import break_off, same_weights, state_of
 
 NAME = "cnn9_narrow.bcos_bnu_linear_nomaxout_cifar10"
 STAGES = tuple(f"layers.{index}" for index in (1, 3, 5, 7, 9, 11, 13, 15))
 EARLY = tuple(f"layers.{index}." for index in range(6))  # what the first three stages hold
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_images(root, "train", 8)
-    write_images(root, "test", 3)
-    return root
 
 
 @pytest.fixture(scope="module")

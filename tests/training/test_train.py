@@ -27,14 +27,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 BCOS, STANDARD = "resnet20.bcos_cifar10", "resnet20.standard_cifar10"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_images(root, "train", 8)
-    write_images(root, "test", 3)
-    return root
-
-
 def run(data, out, **arguments):
     return train(data, out=out, **{"epochs": 2, "batch_size": 8, "compile_step": False} | arguments)
 

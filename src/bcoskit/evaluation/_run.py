@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from bcoskit import __version__
 from bcoskit._checks import check_evaluation_mode
 from bcoskit._files import unfinished_file
 from bcoskit._fingerprint import fingerprint
+from bcoskit._processes import share
 from bcoskit.evaluation._accuracy import Accuracy
 from bcoskit.evaluation._loop import Metric, check_hopeful, chunks, item_of, measure_chunk, settings_of
 from bcoskit.evaluation._methods import METHODS, name_of, resolve
@@ -145,7 +145,7 @@ def _identity(method: Any) -> str:
 
 def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
     file = out / SETTINGS
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = share()
     now = json.loads(json.dumps(settings, default=_plain))
     if file.exists():
         if not resume and processes == 1:
@@ -192,11 +192,11 @@ def _job(
 
 def _worked(job: _Job, model: nn.Module, dataset: Any, progress: Progress | None) -> Result:
     """Do what is missing of a job, the own share first, and collect all of it."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    share = range(rank, len(job.parts), processes)
+    rank, processes = share()
+    own = range(rank, len(job.parts), processes)
     others = [index for index in reversed(range(len(job.parts))) if index % processes != rank]
     found: dict[int, tuple[list[Row], list[Failure]]] = {}
-    for index in (*share, *others):
+    for index in (*own, *others):
         part = _read_part(job.file(index))
         if part is None:
             part = measure_chunk(job.metric, model, dataset, job.units, job.parts[index], job.method)

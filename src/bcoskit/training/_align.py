@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
+from bcoskit._processes import is_first
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.models import Network, create_model, save_model
-from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
+from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
@@ -276,7 +277,7 @@ def align(
         gradual=moving,
         gradual_part=gradual,
     )
-    if is_first_process():
+    if is_first():
         write_settings(out, settings)
     figures = fit(
         learner,
@@ -290,7 +291,7 @@ def align(
         machinery=Machinery(hardware, Loading("memory", max_unreadable=max_unreadable), None),
         measure_every=measure_every,
     )
-    if is_first_process():
+    if is_first():
         save_model(student, out / MODEL, classes=original.classes, training={**settings, **figures})
     return figures
 

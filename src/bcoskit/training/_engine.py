@@ -13,7 +13,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -22,9 +21,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from bcoskit._files import unfinished_file
+from bcoskit._processes import started
 from bcoskit.data import StreamedImages
 from bcoskit.training._folder import CHECKPOINT
-from bcoskit.training._loading import PROCESSES, Batches, Images, Unreadable, batches
+from bcoskit.training._loading import Batches, Images, Unreadable, batches
 from bcoskit.training._module import Learner
 from bcoskit.training._options import Hardware, Loading
 
@@ -155,18 +155,11 @@ class Data(lightning.LightningDataModule):
 
 def _check_processes(count: int) -> None:
     """Raise if a launcher has started other processes than those that know of each other."""
-    for name in PROCESSES:
-        started = int(os.environ.get(name, count))
-        if started not in (1, count):
-            raise ValueError(
-                f"{started} processes were started ({name}), and `hardware` is for {count}: "
-                "give `hardware.devices` and `hardware.nodes`"
-            )
-
-
-def is_first_process() -> bool:
-    """Whether this process writes what a run writes once."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    if started() not in (1, count):
+        raise ValueError(
+            f"{started()} processes were started, and `hardware` is for {count}: "
+            "give `hardware.devices` and `hardware.nodes`"
+        )
 
 
 def can_compile() -> bool:

@@ -17,9 +17,9 @@ class FineTuning:
 
     The stages of a network are those of `model.stage_names`, each with all layers that are registered before it and in
     no earlier stage, the first with what belongs to no layer, such as position embeddings; what comes behind the last
-    stage is the last group. Of `n` groups, the
-    first being 0, group `k` learns with `learning_rate · layer_decay^(n - 1 - k)` (Clark et al., ICLR 2020, section
-    3.2, and Bao et al., ICLR 2022, with stages for layers), and the classifier with `learning_rate · head`.
+    stage is the last group. Of `n` groups, the first being 0, group `k` learns with
+    `learning_rate · layer_decay^(n - 1 - k)` (Clark et al., ICLR 2020, section 3.2, and Bao et al., ICLR 2022, with
+    stages for layers), and the classifier with `learning_rate · head`.
 
     Attributes:
         frozen: What does not learn: the number of stages from the input; or the path of a module, as in `layer2`, for

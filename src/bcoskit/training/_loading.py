@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_convert
 
+from bcoskit._processes import is_first
 from bcoskit.data import (
     ImageDataset,
     ImageError,
@@ -27,7 +30,6 @@ from bcoskit.training._options import Augmentation, Loading
 Images: TypeAlias = InMemoryImages | StreamedImages
 
 UNREADABLE = "unreadable.txt"
-PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS")  # where launchers say how many there are
 _MOST_IN_MEMORY = 4 * 1024**3
 _MOST_WORKERS = 8
 
@@ -142,12 +144,11 @@ def open_images(
     download: bool,
 ) -> Images:
     """The images of a split, in memory or on disk."""
-    if download and any(int(os.environ.get(name, "1")) > 1 for name in PROCESSES):
-        raise ValueError("`download` (=True) is for one process: download first, and then start several")
-    if data is None or (download and _is_for_cifar10(data)):
-        dataset = cifar10(data, split == "train", None, download)
-    else:
-        dataset = open_dataset(data, split, None, download=download)
+    with _alone() if download else nullcontext():
+        if data is None or (download and _is_for_cifar10(data)):
+            dataset = cifar10(data, split == "train", None, download)
+        else:
+            dataset = open_dataset(data, split, None, download=download)
     all_bytes = len(dataset) * 3 * transform.size**2
     if loading.images == "disk" or (loading.images == "auto" and all_bytes > _MOST_IN_MEMORY):
         crops = split == "train" and augmentation.crop == "resized"
@@ -162,6 +163,13 @@ def open_images(
     return loaded(dataset, split, unreadable)
 
 
+def _alone() -> AbstractContextManager[object]:
+    """Of several processes one downloads, and the others find what it has downloaded."""
+    folder = Path(torch.hub.get_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "bcoskit-download.lock")
+
+
 def _is_for_cifar10(data: str | Path) -> bool:
     """Whether a download to that place can be meant to be CIFAR-10: it is a folder that holds nothing else."""
     if str(data).partition(":")[0] in ("hf", "torchvision"):
@@ -173,12 +181,12 @@ def _is_for_cifar10(data: str | Path) -> bool:
 def loaded(dataset: ImageDataset, split: str, unreadable: Unreadable) -> InMemoryImages:
     """All images in memory; reading them shows a bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
-    shown = console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
+    shown = console.is_terminal and is_first()
     with Progress(console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(f"Reading {split} images", total=len(dataset))
 
         def tell(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        first = os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0") == "0"  # of those that read the same
-        return in_memory(dataset, tell, lambda error: unreadable.add(f"{split}: {error}", written=first))
+        # All processes read the same.
+        return in_memory(dataset, tell, lambda error: unreadable.add(f"{split}: {error}", written=is_first()))

@@ -7,11 +7,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from bcoskit._processes import is_first
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import InMemoryImages
 from bcoskit.models import ModelRow, Network, save_model
 from bcoskit.training._augment import after_cropping
-from bcoskit.training._engine import Machinery, can_compile, fit, is_first_process
+from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Images, Unreadable, open_images
@@ -182,7 +183,7 @@ def train(
         gradual=moving,
         gradual_part=gradual,
     )
-    if is_first_process():
+    if is_first():
         write_settings(out, settings)
     watches = [Watch(test_images, network.transform, out / "explanations", watch_every)] if watch_every else []
     figures = fit(
@@ -197,7 +198,7 @@ def train(
         machinery=Machinery(hardware, loading, wandb),
         callbacks=[freezing, *watches],
     )
-    if is_first_process():
+    if is_first():
         training = {**settings, **figures}
         save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
     return figures
