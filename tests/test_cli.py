@@ -346,6 +346,15 @@ class TestJson:
         }
 
 
+@pytest.fixture
+def quick_collection():
+    """Searches for garbage are among what appears from now on."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class TestBatches:
     def test_the_size_of_batches_changes_nothing(self, explain, place):
         for name in ("cat", "ship", "dog", "frog", "bird"):
@@ -395,6 +404,7 @@ class TestBatches:
         assert errors == ["bcoskit: error: in/0.png: is empty (and 2 more)"]
         assert not (place / "explanations").exists()
 
+    @pytest.mark.usefixtures("quick_collection")
     def test_images_are_read_when_their_turn_comes(self, explain, place, monkeypatch):
         total, size = 30, 3
         for index in range(total):
@@ -416,6 +426,7 @@ class TestBatches:
         assert max(alive) <= torch.get_num_threads()  # each thread reads one
         assert max(ahead) <= 4 * size  # two batches read, one explained, one written
 
+    @pytest.mark.usefixtures("quick_collection")
     def test_what_the_network_sees_is_let_go(self, explain, place, monkeypatch):
         total, size = 30, 3
         for index in range(total):

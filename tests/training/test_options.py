@@ -173,12 +173,12 @@ def everything(data, tmp_path_factory):
 
 def test_a_run_with_everything_goes_on_where_it_was_cut_off(everything, data, tmp_path, monkeypatch):
     out, figures = everything
-    for epoch, batch in ((1, 2), (2, 0)):
-        broken = tmp_path / f"{epoch}{batch}"
+    for epoch, batch, every in ((1, 2, 0), (2, 0, 0), (1, 2, 1)):
+        broken = tmp_path / f"{epoch}{batch}{every}"
         with monkeypatch.context() as patch:
             break_off(patch, epoch, batch)
             with pytest.raises(OSError, match="power cut"):
-                run(data, broken, epochs=3, **EVERYTHING)
+                run(data, broken, epochs=3, checkpoint_every=every, **EVERYTHING)
         assert run(data, broken, epochs=3, resume=True, **EVERYTHING) == figures
         assert same_weights(broken, out)
 

@@ -45,7 +45,7 @@ def copied(finished, tmp_path):
 
 def metrics(out, name, version=0):
     with (out / "csv" / f"version_{version}" / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def refused(error, *arguments, **keywords):
@@ -182,6 +182,32 @@ class TestReproducibility:
         figures = run(data, out, epochs=3, resume=True)
         assert same_weights(out, finished[0])
         assert figures == finished[1]
+
+    @pytest.mark.parametrize(
+        ("every", "epoch", "batch", "repeated"), [(1, 0, 1, 0), (3, 1, 1, 0), (2, 1, 1, 1), (1, 2, 0, 0)]
+    )
+    def test_a_run_goes_on_within_an_epoch(self, every, epoch, batch, repeated, finished, data, tmp_path, monkeypatch):
+        out = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            break_off(patch, epoch, batch)
+            with pytest.raises(OSError, match="power cut"):
+                run(data, out, epochs=3, checkpoint_every=every)
+        seen = []
+        step = Classifier.training_step
+
+        def counted(self, images_and_labels, index):
+            seen.append((self.current_epoch, index))
+            return step(self, images_and_labels, index)
+
+        monkeypatch.setattr(Classifier, "training_step", counted)
+        torch.manual_seed(99)
+        figures = run(data, out, epochs=3, resume=True)
+        assert same_weights(out, finished[0])
+        assert figures == finished[1]
+        assert seen[0] == (epoch, batch - repeated)
+        assert len(seen) == len(set(seen)) == 2 * 3 - 2 * epoch - batch + repeated
+        for name in ("train_loss", "test_loss"):
+            assert metrics(out, name) + metrics(out, name, 1) == metrics(finished[0], name)
 
     def test_older_logs_are_kept(self, data, tmp_path, monkeypatch):
         out = tmp_path / "run"

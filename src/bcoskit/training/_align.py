@@ -288,7 +288,7 @@ def align(
         epochs=epochs,
         resumed=bool(before),
         unreadable=unreadable,
-        machinery=Machinery(hardware, Loading("memory", max_unreadable=max_unreadable), None),
+        machinery=Machinery(hardware, Loading("memory", max_unreadable=max_unreadable)),
         measure_every=measure_every,
     )
     if is_first():

@@ -14,7 +14,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -37,11 +37,13 @@ class Machinery:
         hardware: Devices, strategy, precision.
         loading: How images are read.
         wandb: Project of Weights & Biases, None for none.
+        checkpoint_every: Steps from one checkpoint within an epoch to the next, 0 for none.
     """
 
     hardware: Hardware
     loading: Loading
-    wandb: str | None
+    wandb: str | None = None
+    checkpoint_every: int = 0
 
 
 def fit(
@@ -86,7 +88,9 @@ def fit(
         part = (trainer.global_rank, trainer.world_size)
         _check_processes(trainer.world_size)
         data = Data(train_images, test_images, batch_size, learner, loading.workers, part)
-        learner.prepare(part, unreadable.add, hardware)
+        # Lightning knows this too, but asking it makes the first loader before it knows where a run goes on.
+        updates = epochs * -(-steps // learner.optimization.accumulate)
+        learner.prepare(updates, part, unreadable.add, hardware)
         try:
             checkpoint = out / CHECKPOINT if resumed else None
             trainer.fit(learner, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -137,20 +141,48 @@ class Data(lightning.LightningDataModule):
         # `current_epoch` is one too few here when a run is resumed.
         progress: Any = self.trainer.fit_loop.epoch_progress.current
         epoch: int = progress.processed
+        # Those of an epoch that ended, or of one within which a checkpoint was written.
+        within: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        seen: int = within.processed
         self.has_trained = epoch < (self.trainer.max_epochs or 0)
         images = self._images[0]
         if isinstance(images, StreamedImages):
             images.set_epoch(epoch)
-        return batches(images, self._train_order(epoch), self._workers, self._part[1])
+        order = self._train_order(epoch, seen % len(self._train_order(epoch)))
+        return batches(images, order, self._workers, self._part[1])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Of the test images."""
         order = Batches(len(self._images[1]), 4 * self._batch_size, self._part)
         return batches(self._images[1], order, self._workers, self._part[1])
 
-    def _train_order(self, epoch: int) -> Batches:
+    def _train_order(self, epoch: int, begin: int = 0) -> Batches:
         key = (self._learner.seed, epoch)
-        return Batches(len(self._images[0]), self._batch_size, self._part, key, self._learner.repeats)
+        return Batches(len(self._images[0]), self._batch_size, self._part, key, self._learner.repeats, begin)
+
+
+class WithinEpochs(Checkpoint):
+    """Writes the checkpoint of a run between the ends of its epochs.
+
+    Args:
+        every: Steps of the optimiser from one checkpoint to the next.
+        path: Of the checkpoint.
+    """
+
+    def __init__(self, every: int, path: Path) -> None:
+        self._every, self._path = every, path
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any, **keywords: Any
+    ) -> None:
+        """Write it, if it is time to; not after the last batch, since the end of the epoch writes one as well."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done: int = progress.processed
+        # Gradients that are still accumulated are in no checkpoint.
+        if done % trainer.accumulate_grad_batches or done == trainer.num_training_batches:
+            return
+        if trainer.global_step % self._every == 0:
+            trainer.save_checkpoint(self._path)
 
 
 def _check_processes(count: int) -> None:
@@ -189,7 +221,7 @@ def _trainer(
     loggers: list[Logger] = [CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard", "")]
     if machinery.wandb is not None:
         loggers.append(_wandb(machinery.wandb, out))
-    hardware = machinery.hardware
+    hardware, every = machinery.hardware, machinery.checkpoint_every
     strategy: Any = hardware.strategy
     precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[hardware.precision]
     if strategy == "fsdp":
@@ -213,6 +245,7 @@ def _trainer(
             plugins=[WholeFiles()],
             callbacks=[
                 ModelCheckpoint((out / CHECKPOINT).parent, CHECKPOINT.stem, enable_version_counter=False),
+                *([WithinEpochs(every, out / CHECKPOINT)] if every else []),
                 LearningRateMonitor("epoch"),
                 *callbacks,  # first, since they are to look at the average
                 *averages,

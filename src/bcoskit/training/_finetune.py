@@ -72,8 +72,12 @@ class Freezing(lightning.Callback):
         if self.epochs is None:  # before there is an optimiser, which then never hears of them
             self._set(True)
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """As in the epoch in which a run goes on, which it may do within one."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Freeze, or let go; a run that is resumed begins here as well."""
+        """Freeze, or let go."""
         self._set(self.epochs is None or trainer.current_epoch < self.epochs)
 
     def _set(self, frozen: bool) -> None:

@@ -79,6 +79,7 @@ class Batches(Sampler[list[int]]):
         order: Seed and epoch, which determine the order; None for that of the images, in which every image comes once,
             and as many batches in each process.
         repeats: How often each image appears in its batch.
+        begin: The batch that comes first; those before it are counted and left out.
 
     Raises:
         ValueError: If the processes cannot have equal parts.
@@ -91,6 +92,7 @@ class Batches(Sampler[list[int]]):
         part: tuple[int, int] = (0, 1),
         order: tuple[int, int] | None = None,
         repeats: int = 1,
+        begin: int = 0,
     ) -> None:
         if batch_size % (part[1] * repeats):
             times = f"{part[1]} processes" + (f" times {repeats} `repeats`" if repeats > 1 else "")
@@ -98,7 +100,7 @@ class Batches(Sampler[list[int]]):
         if length < part[1]:
             raise ValueError(f"{length} images are too few for {part[1]} processes")
         self._length, self._batch_size, self._part = length, batch_size, part
-        self._order, self._repeats = order, repeats
+        self._order, self._repeats, self._begin = order, repeats, begin
 
     def __len__(self) -> int:
         if self._order is None:  # the same number for each process, which wait for each other
@@ -113,7 +115,7 @@ class Batches(Sampler[list[int]]):
             return
         order = shuffled(self._length, *self._order)
         different, mine = self._batch_size // self._repeats, self._batch_size // count
-        for batch in range(len(self)):
+        for batch in range(self._begin, len(self)):
             whole = order[batch * different : (batch + 1) * different].repeat_interleave(self._repeats)
             yield whole[index * mine : (index + 1) * mine].tolist()
 

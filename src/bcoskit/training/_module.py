@@ -73,20 +73,23 @@ class Learner(lightning.LightningModule):
         self._gradual, self._gradual_part = gradual, gradual_part
         self._latest: tuple[Any, int] = ((), 0)
         self._before_the_first: dict[str, Tensor] | None = None
-        self._all_steps: int | None = None
+        self._steps = 0
         self._part = (0, 1)
         self.repeats = 1
         self._unreadable: Callable[[str], object] | None = None
 
-    def prepare(self, part: tuple[int, int], unreadable: Callable[[str], object], hardware: Hardware) -> None:
+    def prepare(
+        self, steps: int, part: tuple[int, int], unreadable: Callable[[str], object], hardware: Hardware
+    ) -> None:
         """Before a run begins or goes on.
 
         Args:
+            steps: Of the optimiser, in all epochs together.
             part: Index and number of the processes.
             unreadable: Called with a line for each image that cannot be read.
             hardware: What it is computed with.
         """
-        self._part, self._unreadable = part, unreadable
+        self._steps, self._part, self._unreadable = steps, part, unreadable
         self._synchronize(part[1] > 1)
         if hardware.recompute:
             recompute_stages(self.model)
@@ -193,7 +196,7 @@ class Learner(lightning.LightningModule):
             optimizer = kind(trained, **common)
         epochs = self.trainer.max_epochs or 1
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, partial(options.factor, steps_per_epoch=-(-self._steps() // epochs), epochs=epochs)
+            optimizer, partial(options.factor, steps_per_epoch=self._steps // epochs, epochs=epochs)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -233,16 +236,11 @@ class Learner(lightning.LightningModule):
     def _move(self, step: int) -> None:
         if self._gradual is None:
             return
-        progress = min(step / (self._gradual_part * self._steps()), 1.0)
+        progress = min(step / (self._gradual_part * self._steps), 1.0)
         if progress == 1:
             self._gradual.finish()
         else:
             self._gradual.set(progress)
-
-    def _steps(self) -> int:
-        if self._all_steps is None:  # Lightning knows it while it fits, and not while it only measures
-            self._all_steps = int(self.trainer.estimated_stepping_batches)
-        return self._all_steps
 
 
 class Classifier(Learner):

@@ -50,6 +50,7 @@ def train(
     loading: Loading = _LOADING,
     hardware: Hardware = _HARDWARE,
     watch_every: int = 0,
+    checkpoint_every: int = 0,
     seed: int = 42,
     compile_step: bool = True,
     resume: bool = False,
@@ -61,7 +62,7 @@ def train(
     By default Adam without weight decay, a cosine from `learning_rate` to 0, random crops and flips, and the loss
     of the model's row, for B-cos networks binary cross-entropy (Böhle et al., TPAMI 2024, CIFAR-10 experiments; Arya
     et al., NeurIPS 2024, for converted networks); `recipes/` has those of the papers. In `out` appear `settings.json`,
-    `checkpoints/` (one per epoch, the last is kept), `csv/` and `tensorboard/` logs, and in the end
+    `checkpoints/` (the last one), `csv/` and `tensorboard/` logs, and in the end
     `model.safetensors`, which `create_model` and `bcoskit explain --model` open.
 
     Args:
@@ -98,6 +99,8 @@ def train(
         hardware: Devices, processes, precision. A run may be resumed on others.
         watch_every: Epochs from one look at explanations of test images to the next, 0 for none: figures in the logs
             (pointing game, alignment of `W(x)` with `x`, residual), and pictures in `explanations/`.
+        checkpoint_every: Steps of the optimiser from one checkpoint within an epoch to the next, 0 for none: then a run
+            that was broken off goes on from the end of its last epoch.
         seed: Of weights, order and augmentation. A run that was broken off and resumed sees what it would have seen.
         compile_step: Compile the network for training, where a compiler is at hand and nothing is recomputed.
         resume: Go on from the last checkpoint in `out`, if there is one.
@@ -142,7 +145,7 @@ def train(
     config, converting = _converting(from_, convert, b, learnable_b, gradual)
     settings |= converting
     check_frozen(fine_tuning, weights, gradual)
-    _check_together(hardware, optimization, gradual, watch_every)
+    _check_together(hardware, optimization, gradual, watch_every, checkpoint_every)
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     unreadable = Unreadable(loading.max_unreadable, out)
@@ -195,7 +198,7 @@ def train(
         epochs=epochs,
         resumed=bool(before),
         unreadable=unreadable,
-        machinery=Machinery(hardware, loading, wandb),
+        machinery=Machinery(hardware, loading, wandb, checkpoint_every),
         callbacks=[freezing, *watches],
     )
     if is_first():
@@ -218,10 +221,13 @@ def _converting(
     return None, {}
 
 
-def _check_together(hardware: Hardware, optimization: Optimization, gradual: float, watch_every: int) -> None:
+def _check_together(
+    hardware: Hardware, optimization: Optimization, gradual: float, watch_every: int, checkpoint_every: int
+) -> None:
     """What does not go together."""
-    if watch_every < 0:
-        raise ValueError(f"`watch_every` (={watch_every}) must be at least 1, or 0 for never")
+    for name, value in {"watch_every": watch_every, "checkpoint_every": checkpoint_every}.items():
+        if value < 0:
+            raise ValueError(f"`{name}` (={value}) must be at least 1, or 0 for never")
     if hardware.strategy == "fsdp" and optimization.ema is not None:
         raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
     if gradual and optimization.ema is not None:
