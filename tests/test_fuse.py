@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from timm.layers.std_conv import StdConv2d
 from torch import nn
 
 import bcoskit
+from bcoskit import BcosConfig
 from bcoskit.models import WeightsError, create_model, save_model
 from bcoskit.nn import AllNorm, BatchNorm, BcosConv2d, BcosLinear, ClassifierHead
 
@@ -161,3 +163,54 @@ def test_refusals(tmp_path):
     torch.save(fused.state_dict(), bare)
     with pytest.raises(WeightsError, match=r"lacks weights: 'bn1\.bias'"):
         create_model("resnet20.bcos_v2_bn_nomaxout_cifar10", weights=bare)
+
+
+class Twice(nn.Module):
+    """One convolution with two norms, in modules below code that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        shared = BcosConv2d(4, 4, 1)
+        self.first = nn.Sequential(shared, BatchNorm(4))
+        self.second = nn.Sequential(shared, BatchNorm(4))
+
+    def forward(self, x):
+        return self.first(x) + self.second(x) if float(x.sum()) > 0 else x
+
+
+class Bypassing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(self.patches(x).flatten(2).mT.mean(1), self.mix.weight))
+
+
+def hooked():
+    network = nn.Sequential(BcosConv2d(4, 6, 3), BatchNorm(6))
+    network[0].register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return network
+
+
+NOT_PLAIN = {
+    "transposed": lambda: nn.Sequential(bcoskit.nn.BcosConvTranspose2d(4, 6, 3), BatchNorm(6)),
+    "shared": Twice,
+    "hooked": hooked,
+    "standardised": lambda: bcoskit.bcosify(
+        nn.Sequential(nn.Conv2d(2, 8, 3), StdConv2d(8, 8, 3), nn.ReLU()).eval(), BcosConfig(normalize_weight=True)
+    ),
+    "bypassed": lambda: bcoskit.bcosify(Bypassing().eval(), BcosConfig.preset("v2")),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_cannot_be_folded_stays(name):
+    torch.manual_seed(0)
+    network = NOT_PLAIN[name]().eval()
+    for norm in norms(network):
+        nn.init.uniform_(norm.running_var, 0.3, 2)
+    x = torch.rand(2, 6 if name == "bypassed" else 4, 16, 16)
+    with torch.no_grad():
+        expected, found = network(x), bcoskit.fuse(network)(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -84,7 +84,7 @@ def evaluate_model(
             guided_backprop, grad_cam, occlusion, lime, kernel_shap, rise.
         weights: File or URL of the network's weights; by default those that go with its name.
         out: Folder for the results.
-        count: Number of grids, and of images for the other metrics, drawn at random.
+        count: Number of grids, and of images for the other metrics, drawn at random; energy_pointing takes all.
         grid: Cells of a grid along each side.
         protocol: How images of grids are chosen: "bcos" by the most confident ones, "rao" at random among those with
             a softmax of at least 0.99.
@@ -93,7 +93,7 @@ def evaluate_model(
             at least 64 pixels, else 1.
         window: Side of a window that slides over grids, for networks of one input size, such as ViTs.
         stride: Step of the window; by default half its side.
-        rescale: Shrink the cells, so that a grid has the size of one image.
+        rescale: Shrink grids to the size of one image.
         authors_offset: Lose an image after each grid, as the authors' code does.
         steps: Steps of the perturbation curves.
         patch: Side of the patches that they replace.
@@ -135,7 +135,11 @@ def evaluate_model(
     }
     wanted = [available[name]() for name in dict.fromkeys(metrics) if name != "accuracy"]
     network = create_model(model, weights=True if weights is None else weights).to(device_named(device))
-    labelled = _with_classes_of(network.classes, open_dataset(data, "test", network.transform), data)
+    labelled = open_dataset(data, "test", network.transform)
+    try:
+        labelled.match(network.classes)
+    except ValueError as error:
+        raise ValueError(f"`data` (={str(data)!r}): {error}") from error
     dataset: Any = labelled if boxes is None else WithBoxes(labelled, _boxes(boxes, len(labelled)))
     methods = list(dict.fromkeys(methods))
     console = Console(stderr=True)
@@ -184,33 +188,15 @@ class WithBoxes:
     """
 
     def __init__(self, images: ImageDataset, boxes: list[Any]) -> None:
-        self._images, self._boxes = images, boxes
+        self._images, self.regions = images, boxes
+        self.labels = images.labels
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
         x, label = self._images[index]
-        return x, label, torch.as_tensor(self._boxes[index])
-
-
-def _with_classes_of(classes: tuple[str, ...], images: ImageDataset, data: Path) -> ImageDataset:
-    """The images with their labels in the order of the network's classes, by name where names are known."""
-    if images.classes == classes:
-        return images
-    if len(images.classes) > len(classes):
-        raise ValueError(f"`data` (={str(data)!r}) has {len(images.classes)} classes, the network {len(classes)}")
-    if set(images.classes) <= set(classes):
-        places = torch.tensor([classes.index(name) for name in images.classes])
-        images.labels, images.classes = places[images.labels], classes
-        return images
-    if len(images.classes) < len(classes):
-        unknown = next(name for name in images.classes if name not in classes)
-        raise ValueError(
-            f"`data` (={str(data)!r}) has {len(images.classes)} classes, the network {len(classes)}, among which there "
-            f"is no {unknown!r}: labels cannot be told apart"
-        )
-    return images
+        return x, label, torch.as_tensor(self.regions[index])
 
 
 def _boxes(file: Path, count: int) -> list[Any]:

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from bcoskit.functional import unit_norm
-from bcoskit.nn import AllNorm, BatchNorm, ClassifierHead, TokenClassifierHead
+from bcoskit.nn import (
+    AllNorm,
+    BatchNorm,
+    BcosConv1d,
+    BcosConv2d,
+    BcosConv3d,
+    BcosLinear,
+    ClassifierHead,
+    TokenClassifierHead,
+)
 from bcoskit.nn._base import BcosArguments
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_CONVNEXT_BLOCK = "timm.models.convnext.ConvNeXtBlock"  # by name, since importing it takes a while
 
 
 def fuse(model: _Model) -> _Model:
@@ -27,7 +37,8 @@ def fuse(model: _Model) -> _Model:
 
     Args:
         model: A network in evaluation mode; it is not changed. Norms are found where `torch.fx` can trace the code
-            around them.
+            around them. Code that reads the weight of a layer past the layer must be known from the conversion of the
+            network, or the layer have a class of its own.
 
     Returns:
         A fused copy, whose weights require no gradients. It is not meant to be trained. `save_model` stores that it is
@@ -45,13 +56,41 @@ def fuse(model: _Model) -> _Model:
     if learnable:
         raise ValueError(f"`model` has a learnable exponent in {learnable[0]!r}, which cannot be folded")
     with torch.no_grad():
-        for layer in layers.values():
+        foldable = _foldable_layers(fused)
+        for layer in foldable:
             _fold_unit_norm(layer)
-        _fold_norms(fused)
+        _fold_norms(fused, foldable, _in_one_place(fused))
         for module in fused.modules():
-            _fold_known(module)
+            _fold_known(module, foldable)
     setattr(fused, "fused", True)  # noqa: B010 - what `save_model` asks for
     return fused
+
+
+def _foldable_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers whose weight holds filters as they are, output by output, and is used by the layer alone."""
+    report: Any = getattr(model, "conversion", None)
+    bypassed = [note.path for note in report.modules if note.outcome == "bypassed"] if report is not None else []
+    return {
+        layer
+        for path, layer in model.named_modules()
+        if _has_plain_filters(layer) and not any(f".{path}".endswith(f".{known}") for known in bypassed)
+    }
+
+
+def _has_plain_filters(layer: nn.Module) -> bool:
+    if type(layer) in (BcosConv1d, BcosConv2d, BcosConv3d, BcosLinear):
+        return True
+    return isinstance(layer, BcosConv2d) and getattr(layer, "standardize", True) is False
+
+
+def _in_one_place(model: nn.Module) -> set[nn.Module]:
+    """The modules that are registered once, and are nothing but what they compute."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    return {
+        module
+        for module, count in places.items()
+        if count == 1 and not module._forward_hooks and not module._forward_pre_hooks
+    }
 
 
 def _fold_unit_norm(layer: Any) -> None:
@@ -81,7 +120,7 @@ class _Tracer(fx.Tracer):
         return not inner and type(m).__module__.startswith(("torch.nn.", "bcoskit.nn."))
 
 
-def _fold_norms(module: nn.Module) -> None:
+def _fold_norms(module: nn.Module, foldable: set[nn.Module], in_one_place: set[nn.Module]) -> None:
     """Fold the norms that follow a convolution which nothing else reads; in parts where code cannot be traced."""
     if not any(isinstance(part, (AllNorm, BatchNorm)) for part in module.modules()):
         return
@@ -89,7 +128,7 @@ def _fold_norms(module: nn.Module) -> None:
         graph = _Tracer().trace(module)
     except Exception:  # control flow on values, in any of the ways in which code can have it
         for child in module.children():
-            _fold_norms(child)
+            _fold_norms(child, foldable, in_one_place)
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]
     uses = Counter(str(node.target) for node in calls)
@@ -100,14 +139,14 @@ def _fold_norms(module: nn.Module) -> None:
         path, layer_path = str(node.target), str(before.target)
         if uses[path] == uses[layer_path] == 1:
             norm, layer = module.get_submodule(path), module.get_submodule(layer_path)
-            if _foldable(layer, norm):
+            if layer in foldable and {layer, norm} <= in_one_place and _fits(layer, norm):
                 _fold_norm(layer, norm)
                 module.set_submodule(path, nn.Identity().eval())
 
 
-def _foldable(layer: Any, norm: Any) -> bool:
+def _fits(layer: Any, norm: Any) -> bool:
     running = isinstance(norm, (AllNorm, BatchNorm)) and norm.running_var is not None
-    return running and isinstance(layer, BcosArguments) and layer.max_out == 1 and layer.b in (1, 2)
+    return running and layer.max_out == 1 and layer.b in (1, 2)
 
 
 def _fold_norm(layer: Any, norm: Any) -> None:
@@ -123,16 +162,20 @@ def _fold_norm(layer: Any, norm: Any) -> None:
         layer.bias = nn.Parameter((bias if layer.bias is None else layer.bias + bias).clone(), requires_grad=False)
 
 
-def _fold_known(module: Any) -> None:
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _fold_known(module: Any, foldable: set[nn.Module]) -> None:
     """Fold the factors that a module of known code applies behind a layer."""
-    if type(module).__name__ == "ConvNeXtBlock" and module.gamma is not None:
-        last = module.mlp.fc2
-        if isinstance(last, BcosArguments) and last.max_out == 1 and last.b in (1, 2):
+    if _name(module) == _CONVNEXT_BLOCK and module.gamma is not None:
+        last: Any = module.mlp.fc2
+        if last in foldable and last.max_out == 1 and last.b in (1, 2):
             _multiply(last, module.gamma)
             module.gamma = None
     elif isinstance(module, (ClassifierHead, TokenClassifierHead)):
         layer: Any = module.conv if isinstance(module, ClassifierHead) else module.linear
-        if module.logits.temperature is not None and layer.b in (1, 2):
+        if module.logits.temperature is not None and layer in foldable and layer.b in (1, 2):
             factor = 1 / module.logits.temperature
             _multiply(layer, layer.weight.new_full((len(layer.weight) // layer.max_out,), factor))
             module.logits.temperature = None

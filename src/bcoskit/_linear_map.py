@@ -144,6 +144,7 @@ def shares_of(
         with untouched(x.device):
             with mode:
                 start, output = run_between(model, sample, entry(mode), *layers)
+            check_output(output, 1)
             chosen = target[index : index + 1] if isinstance(target, Tensor) else target
             value, _, _ = select(output, chosen, None if versus is None else versus[index : index + 1])
             several = value.ndim == 2

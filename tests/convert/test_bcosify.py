@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import std_conv
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import bcoskit
 from bcoskit import BcosConfig, bcosify, set_b
@@ -44,6 +45,7 @@ def pairs(x):
 
 
 def relative(found, expected):
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -322,6 +324,155 @@ class TestResult:
         assert isinstance(own[2], nn.Identity)
 
 
+class Reading(nn.Module):
+    """A network whose image is read by more than a convolution."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.rest = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        self.with_forward = forward
+
+    def forward(self, x):
+        return self.with_forward(self, x)
+
+
+class Normalizing(nn.Conv2d):
+    """A convolution with filters of its own making."""
+
+    def forward(self, input):
+        centred = self.weight - self.weight.mean((1, 2, 3), True)
+        return F.conv2d(input, centred / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+READING = {
+    "nothing else": (lambda m, x: m.rest(m.conv(x)), Reading),
+    "the mean": (lambda m, x: m.rest(m.conv(x)) + x.mean(), PairedInput),
+    "a channel": (lambda m, x: m.rest(m.conv(x) + x[:, -1:]), PairedInput),
+    "a flip": (lambda m, x: m.rest(m.conv(x) + m.conv(x.flip(1))), PairedInput),
+    "a write": (lambda m, x: m.rest(m.conv(x.sub_(0.5))), PairedInput),
+}
+
+
+class TestWhatWouldBeSilentlyWrong:
+    @pytest.mark.parametrize("name", READING)
+    def test_who_reads_the_image(self, name):
+        forward, kind = READING[name]
+        model, x = shaken(Reading(forward)), torch.rand(2, 3, 16, 16)
+        converted = bcosify(model, EXACT)
+        assert type(converted) is kind
+        assert relative(converted(pairs(x)), model(x.clone())) < 1e-5
+
+    def test_several_outputs(self):
+        model = shaken(Reading(lambda m, x: {"logits": [m.rest(m.conv(x)), x.mean()]}))
+        assert isinstance(bcosify(model, EXACT), PairedInput)
+
+    @pytest.mark.parametrize("skip", [(), ("0",)])
+    def test_first_layers_that_no_rule_knows(self, skip):
+        first = std_conv.StdConv2d(3, 8, 3) if skip else Normalizing(3, 8, 3)
+        model, x = shaken(small(first, nn.Conv2d(8, 8, 1))), torch.rand(2, 3, 16, 16)
+        assert relative(bcosify(model, EXACT, skip=skip)(pairs(x)), model(x)) < 1e-5
+
+    def test_hooks_go_with_the_place(self):
+        model, x = shaken(small(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))), torch.rand(2, 3, 16, 16)
+        seen = []
+        model[1].register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+        handle = model[1].register_forward_hook(lambda module, _inputs, _output: seen.append(type(module)))
+        bcosify(model, EXACT, inplace=True)
+        seen.clear()
+        with_hook = model(pairs(x))
+        assert seen == [BcosConv2d]
+        handle.remove()
+        assert torch.equal(model(pairs(x)), with_hook)
+        assert seen == [BcosConv2d]
+
+    def test_layers_that_compute_something_else(self):
+        class Doubling(nn.Conv2d):
+            def _conv_forward(self, input, weight, bias):
+                return 2 * super()._conv_forward(input, weight, bias)
+
+        model, x = shaken(small(nn.Conv2d(3, 8, 3), Doubling(8, 8, 3), nn.Conv2d(8, 8, 1))), torch.rand(2, 3, 16, 16)
+        model[2].forward = lambda input: 3 * nn.Conv2d.forward(model[2], input)
+        converted = bcosify(model, EXACT)
+        assert [note.path for note in converted.conversion.modules if note.outcome == "left"] == ["1", "2"]
+        assert relative(converted(pairs(x)), model(x)) < 1e-5
+
+    def test_modes(self):
+        model = small(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3)).train()
+        model[0].eval()
+        converted = bcosify(model)
+        assert isinstance(converted, PairedInput)
+        assert [module.training for module in converted.model.children()][:2] == [False, True]
+
+    def test_dropout_of_attention(self):
+        class Tokens(nn.Module):
+            def __init__(self, dropout):
+                super().__init__()
+                self.attend = nn.MultiheadAttention(16, 4, dropout=dropout, batch_first=True)
+                self.head = nn.Linear(16, 4)
+
+            def forward(self, x):
+                return self.head(self.attend(x, x, x)[0].mean(1))
+
+        x = torch.rand(2, 5, 16)
+        for dropout in (0.0, 0.5):
+            converted = bcosify(Tokens(dropout), BcosConfig(encode=False), example=x).train()
+            assert torch.equal(converted(x), converted(x)) == (dropout == 0)
+            assert torch.equal(converted.eval()(x), converted(x))
+
+    def test_attention_without_a_batch(self):
+        class Single(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attend = nn.MultiheadAttention(8, 2)
+                self.head = nn.Linear(8, 3)
+
+            def forward(self, x):
+                mask = torch.tensor([False, True, False, False])
+                return self.head(torch.stack([self.attend(u, u, u, key_padding_mask=mask)[0].mean(0) for u in x]))
+
+        model, x = shaken(Single()), torch.rand(2, 4, 8)
+        converted = bcosify(model, replace(EXACT, encode=False), example=x)
+        assert relative(converted(x), model(x)) < 1e-5
+
+    def test_a_classifier_that_is_skipped(self):
+        model = timm.create_model("test_resnet").eval()
+        converted = bcosify(model, skip=["fc"])
+        assert type(converted.fc) is nn.Linear
+        assert [note.outcome for note in converted.conversion.modules if note.path == "fc"] == ["skipped"]
+
+    def test_buffers_that_count(self):
+        class Counting(nn.Sequential):
+            def __init__(self):
+                super().__init__(*small(nn.Conv2d(3, 8, 3)))
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x):
+                self.calls += 1
+                return super().forward(x)
+
+        assert float(bcosify(Counting().eval()).calls) == 0
+
+    def test_what_norms_know(self):
+        model = small(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        model[1].num_batches_tracked += 7
+        model[1].bias.requires_grad_(False)
+        norm = bcosify(model, EXACT)[1]
+        assert (int(norm.num_batches_tracked), norm.bias.requires_grad) == (7, False)
+
+    def test_biases_of_projections(self):
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.qkv, self.mix = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+            def forward(self, x):
+                return self.mix(self.qkv(x)).mean((2, 3))
+
+        converted = bcosify(Named().eval(), BcosConfig(projections="linear", biases="drop"))
+        assert not [name for name, _ in converted.named_parameters() if name.endswith("bias")]
+
+
 class TestReport:
     def test_what_is_bypassed(self):
         report = bcosify(shaken(Bypassing())).conversion
@@ -349,7 +500,10 @@ class TestRefusals:
         [
             (lambda: bcosify(small(nn.Conv2d(3, 8, 3))), {}, "B-cos layer already"),
             (lambda: small(parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), {}, "remove the parametrisation"),
+            (lambda: small(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))), {}, "makes its weight anew"),
+            (lambda: small(prune.identity(nn.Conv2d(3, 8, 3), "weight")), {}, "makes its weight anew"),
             (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "no weights yet"),
+            (lambda: small(nn.Conv2d(3, 8, 3)), {"example": torch.rand(3)}, "must be samples"),
             (lambda: nn.Sequential(nn.ReLU()), {}, "no module that a rule converts"),
             (lambda: nn.Sequential(nn.Linear(5, 3)), {}, "give an `example`"),
             (lambda: small(nn.Conv2d(3, 8, 3)), {"skip": ["nothing.*"]}, "names no module"),
@@ -371,6 +525,29 @@ class TestRefusals:
     def test_what_is_no_module(self):
         with pytest.raises(TypeError, match="`model`"):
             bcosify(torch.relu)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("config", "exact"),
+            ("rules", [nn.Conv2d]),
+            ("rules", Rule((nn.ReLU,), lambda *_: "as it is")),
+            ("skip", "10"),
+            ("example", (1, 3)),
+        ],
+    )
+    def test_types(self, name, value):
+        with pytest.raises(TypeError, match=f"`{name}`"):
+            bcosify(small(nn.Conv2d(3, 8, 3)), **{name: value})
+
+    def test_a_rule_that_makes_nothing(self):
+        with pytest.raises(TypeError, match="must return a module, or the reason"):
+            bcosify(small(nn.Conv2d(3, 8, 3)), rules=[Rule((nn.ReLU,), lambda *_: None)])
+
+    def test_what_cannot_be_copied(self):
+        model = small(prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3))
+        with pytest.raises(ValueError, match="cannot be copied"):
+            bcosify(model)
 
     @pytest.mark.parametrize(
         "options",

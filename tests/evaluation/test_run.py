@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +23,8 @@ from bcoskit.evaluation import (
     Perturbation,
     Randomization,
     Stability,
+    accuracy,
+    accuracy_figures,
     evaluate,
     example_sheet,
     write_results,
@@ -369,3 +374,97 @@ def test_examples_show_what_every_method_has(tmp_path):
     fewer = replace(results[1], rows=[row for row in results[1].rows if row["unit"] != 0])
     example_sheet(patches(), images(), [results[1], fewer], ["bcos", "bcos"], tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_what_failed_and_decides_who_is_in_a_grid(tmp_path):
+    data, broken = images(), {9, 19}
+
+    class Sometimes:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            if index in broken:
+                raise OSError("not yet there")
+            return data[index]
+
+    metrics = (GridPointing(grid=2, count=3),)
+    evaluate(patches(), Sometimes(), metrics, out=tmp_path / "mended")
+    broken.clear()
+    mended = evaluate(patches(), Sometimes(), metrics, out=tmp_path / "mended", resume=True)
+    assert rows_of(mended) == rows_of(evaluate(patches(), data, metrics, out=tmp_path / "whole"))
+    others = [(x / 2, label) for x, label in data]
+    with pytest.raises(ValueError, match="`data`"):
+        evaluate(patches(), others, metrics, out=tmp_path / "mended", resume=True)
+
+
+class Regions:
+    def __init__(self, regions):
+        self.regions, self.images = regions, images(4)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return *self.images[index], self.regions[index]
+
+
+def test_other_regions_are_refused(tmp_path):
+    left, right = torch.tensor([[0, 0, 2, 4]]), torch.tensor([[2, 0, 4, 4]])
+    evaluate(patches(), Regions([left] * 4), (EnergyPointing(),), out=tmp_path)
+    with pytest.raises(ValueError, match="`data`"):
+        evaluate(patches(), Regions([left] * 3 + [right]), (EnergyPointing(),), out=tmp_path, resume=True)
+    evaluate(patches(), Regions([left] * 4), (EnergyPointing(),), out=tmp_path, resume=True)
+
+
+def scaled(factor):
+    def scaling(model, x, target):
+        return sorted([x], key=lambda each: factor)[0] * factor
+
+    return scaling
+
+
+def test_functions_are_told_apart_by_what_they_hold(tmp_path):
+    metrics = (Perturbation("deletion", steps=2),)
+    first = evaluate(patches(), images(), metrics, (scaled(1),), out=tmp_path)
+    with pytest.raises(ValueError, match="`methods`"):
+        evaluate(patches(), images(), metrics, (scaled(-1),), out=tmp_path, resume=True)
+    assert rows_of(evaluate(patches(), images(), metrics, (scaled(1),), out=tmp_path, resume=True)) == rows_of(first)
+    addresses = [json.loads((tmp_path / "settings.json").read_text())["methods"]]
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); from evaluation.test_run import scaled; "
+    code += "from bcoskit.evaluation._run import _identity; print(json.dumps([_identity(scaled(1))]))"
+    tests = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", code, str(tests)], capture_output=True, text=True, check=True)
+    assert [json.loads(found.stdout)] == addresses
+
+
+def test_a_rejected_run_leaves_its_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="`count`"):
+        evaluate(patches(), images(), (GridPointing(grid=2, count=500),), out=tmp_path)
+    results = evaluate(patches(), images(), (GridPointing(grid=2, count=2),), out=tmp_path)
+    assert len(results[1].rows) == 2 * 4
+    with pytest.raises(ValueError, match="holds a run already"):
+        evaluate(patches(), images(), (GridPointing(grid=2, count=3),), out=tmp_path)
+
+
+def test_a_function_by_the_name_of_a_method(tmp_path):
+    def bcos(model, x, target):
+        return torch.zeros_like(x[:, 0])
+
+    _, own = evaluate(patches(), images(), (Completeness(count=5),), (bcos,), out=tmp_path)
+    assert own.median == pytest.approx(1)
+
+
+def test_equal_logits_are_no_hits():
+    network = patches(12)
+    torch.nn.init.zeros_(network.conv.weight)
+    data = [(torch.rand(12, 4, 4), label) for label in range(12)]
+    rows = accuracy(network, data).rows
+    assert [row["top5"] for row in rows] == [1] * 5 + [0] * 7
+    assert accuracy_figures(rows)["top5"] == pytest.approx(5 / 12)
+
+
+def test_as_many_classes_of_which_one_is_another(photographs, tmp_path, capsys):
+    (photographs / "test" / "airplane").rename(photographs / "test" / "zebra")
+    assert main(["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--out", str(tmp_path / "o")]) == 2
+    assert "there is no 'zebra'" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import torch
 import bcoskit
 from bcoskit import cli
 from bcoskit.convert import BcosConfig, bcosify
+from bcoskit.data import ImageError
 from bcoskit.models import create_model, save_model
 from bcoskit.training import align, train
 from bcoskit.training._align import Aligner, alignment_loss
-from training_runs import break_off, same_weights
+from training_runs import break_off, same_weights, write_images
 
 NAME = "resnet20.standard_cifar10"
 
@@ -74,6 +75,17 @@ class TestFineTuning:
         network = create_model(tmp_path / "run" / "model.safetensors")
         assert (network.transform.encoding, network.loss) == ("normalized", "cross_entropy")
         assert network.conversion is None
+
+    @pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 1), (2, 1)])
+    def test_a_run_goes_on_within_an_epoch(self, epoch, batch, data, tmp_path, weights, monkeypatch):
+        options = {"gradual": 0.5, "epochs": 3}
+        tune(data, tmp_path / "whole", weights, **options)
+        with monkeypatch.context() as patched:
+            break_off(patched, epoch, batch)
+            with pytest.raises(OSError, match="power cut"):
+                tune(data, tmp_path / "cut", weights, checkpoint_every=1, **options)
+        tune(data, tmp_path / "cut", weights, resume=True, **options)
+        assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
     @pytest.mark.parametrize("epoch", [1, 2])
     def test_a_run_that_was_cut_off_goes_on(self, data, tmp_path, weights, monkeypatch, epoch):
@@ -169,6 +181,28 @@ class TestAlignment:
                 teach(data, tmp_path / "cut", weights, epochs=3)
         teach(data, tmp_path / "cut", weights, epochs=3, resume=True)
         assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+    def test_labels_by_name(self, tmp_path):
+        network = create_model(NAME, num_classes=3)
+        save_model(network.eval(), tmp_path / "teacher.safetensors", classes=("green", "blue", "red"))
+        write_images(tmp_path / "data", "train", 8)
+        write_images(tmp_path / "data", "test", 3)
+        figures = teach(tmp_path / "data", tmp_path / "run", tmp_path / "teacher.safetensors", epochs=1)
+        student = create_model(tmp_path / "run" / "model.safetensors")
+        right = [
+            student.classes[int(student(student.transform(file)[None]).argmax())] == file.parent.name
+            for file in sorted((tmp_path / "data" / "test").rglob("*.png"))
+        ]
+        assert figures["test_accuracy"] == pytest.approx(sum(right) / len(right))
+        (tmp_path / "data" / "test" / "red").rename(tmp_path / "data" / "test" / "black")
+        figures = teach(tmp_path / "data", tmp_path / "other", tmp_path / "teacher.safetensors", epochs=1)
+        assert "test_accuracy" not in figures
+
+    def test_splits_that_cannot_be_read_are_no_heap_of_images(self, data, tmp_path, weights):
+        shutil.copytree(data, tmp_path / "data")
+        (tmp_path / "data" / "train" / "empty").mkdir()
+        with pytest.raises(ImageError, match="empty"):
+            teach(tmp_path / "data", tmp_path / "run", weights, epochs=1)
 
     def test_from_the_command_line(self, data, tmp_path, weights, capsys):
         arguments = ["align", "--teacher", NAME, f"--weights={weights}", f"--data={data}", "--epochs=1"]

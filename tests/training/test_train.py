@@ -88,8 +88,10 @@ class TestFiles:
             "seed": 42,
             "classes": ["green", "red"],
             "data": settings["data"],
+            "test_data": settings["test_data"],
         }
-        assert len(settings["data"]) == 16
+        assert len(settings["data"]) == len(settings["test_data"]) == 16
+        assert settings["data"] != settings["test_data"]
 
     def test_model(self, finished):
         model = create_model(finished[0] / "model.safetensors")
@@ -348,6 +350,25 @@ class TestRefusals:
         assert message.startswith(f"{path}: ")
         assert "cannot be resumed" in message
 
+    def test_other_test_images_are_noticed(self, copied, data, tmp_path):
+        shutil.copytree(data / "train", tmp_path / "data" / "train")
+        write_images(tmp_path / "data", "test", 4)
+        assert "`test_data`" in refused(ValueError, tmp_path / "data", copied, epochs=3, resume=True)
+
+    def test_one_class(self, tmp_path):
+        write_images(tmp_path / "data", "train", 8, {"red": COLORS["red"]})
+        write_images(tmp_path / "data", "test", 2, {"red": COLORS["red"]})
+        assert "one class, 'red'" in refused(ValueError, tmp_path / "data", tmp_path / "run")
+
+    def test_what_lies_below_stays(self, data, tmp_path):
+        other = tmp_path / "other" / ".mine.partial"
+        other.parent.mkdir()
+        other.write_text("of another run")
+        (tmp_path / "unreadable.txt").write_text("train: of an attempt that was rejected\n")
+        run(data, tmp_path, epochs=1)
+        assert other.exists()
+        assert not (tmp_path / "unreadable.txt").exists()
+
     def test_damaged_checkpoint(self, copied, data, tmp_path):
         class Bomb:
             def __reduce__(self):
@@ -359,6 +380,9 @@ class TestRefusals:
             path.write_bytes(content)
             message = refused(ValueError, data, copied, epochs=3, resume=True)
             assert message == f"{path}: is no intact checkpoint, the run cannot be resumed"
+        for place in (len(whole) // 3, len(whole) // 2):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+            assert "is no intact checkpoint" in refused(ValueError, data, copied, epochs=3, resume=True)
         for content in (Bomb(), [1, 2], 3):
             torch.save(content, path)
             assert "is no intact checkpoint" in refused(ValueError, data, copied, epochs=3, resume=True)

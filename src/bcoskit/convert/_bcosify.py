@@ -4,6 +4,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeVar
@@ -17,11 +18,17 @@ from bcoskit.convert._input import PairedInput, normalization, widen, with_const
 from bcoskit.convert._probe import Probe, probe, probe_any
 from bcoskit.convert._report import ConversionReport, ConvertedModule
 from bcoskit.convert._rules import RULES, Rule, rule_for
-from bcoskit.nn import LogitLayer
+from bcoskit.nn import LogitLayer, Normalize
 from bcoskit.nn._base import BcosArguments
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _TOLERANCE = 1e-5
+_ROUNDING = 0.1  # relative; a larger difference is none of rounding
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 
 
 def bcosify(
@@ -46,34 +53,65 @@ def bcosify(
         config: What is made of it; by default that of the paper.
         rules: Rules that go before those of the package.
         skip: Paths of modules, or patterns such as `"blocks.0.*"`, that stay as they are, with all that is in them.
-        example: An input of the original, for networks that take no images of usual sizes, such as signals or volumes.
+        example: An input of the original, for networks that take no images of usual sizes, such as signals or volumes:
+            a tensor of samples (N, *shape).
         inplace: Whether the network itself is changed, instead of a copy. If the conversion fails it is as before.
 
     Returns:
         The converted network. Where no layer reads the image by itself, it is a `PairedInput` around the network.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is no module, or another argument of another type than it must be.
         ValueError: If a module cannot be converted without being wrong, no module is, or `skip` names none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     config = BcosConfig() if config is None else config
+    _check_types(config, rules, skip, example)
     if not inplace:
-        return _around(copy.deepcopy(model), config, tuple(rules), tuple(skip), example)
+        try:
+            copied = copy.deepcopy(model)
+        except RuntimeError as error:  # of weights that are made anew before each call, as by pruning
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"`model` cannot be copied, give `inplace=True` or mend this: {reason}") from error
+        return _around(copied, config, tuple(rules), tuple(skip), example)
     before = [(module, module.__class__, _contents(module)) for module in model.modules()]
     try:
         return _around(model, config, tuple(rules), tuple(skip), example)
     except BaseException:
-        for module, kind, contents in before:
+        for module, kind, _ in before:
             module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(contents)
+        _restore([(module, contents) for module, _, contents in before])
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, Any]:
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+def _check_types(config: Any, rules: Any, skip: Any, example: Any) -> None:
+    if not isinstance(config, BcosConfig):
+        raise TypeError(f"`config` (={config!r}) must be a BcosConfig, such as BcosConfig.preset('v2')")
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
+        raise TypeError(f"`rules` (={rules!r}) must be a sequence of Rule")
+    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"`skip` (={skip!r}) must be a sequence of paths: for a single one give [{skip!r}]")
+    if example is not None and not isinstance(example, Tensor):
+        raise TypeError(f"`example` must be a tensor, got {type(example).__name__}")
+    if example is not None and example.ndim < 2:
+        raise ValueError(f"`example` of shape {tuple(example.shape)} must be samples: (N, *shape)")
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module holds, and what its tables hold, which stay the same objects: handles of hooks know them."""
+    return {name: (value, value.copy() if isinstance(value, dict) else None) for name, value in module.__dict__.items()}
+
+
+def _restore(before: list[tuple[nn.Module, dict[str, tuple[Any, Any]]]]) -> None:
+    """Give modules the contents that they had."""
+    for module, contents in before:
+        module.__dict__.clear()
+        for name, (value, entries) in contents.items():
+            if entries is not None:
+                value.clear()
+                value.update(entries)
+            module.__dict__[name] = value
 
 
 def _converted(
@@ -89,7 +127,7 @@ def _converted(
     if seen is not None and seen.example.ndim > 1:
         config = with_constants(config, model, seen.example.shape[1])
     notes = list[ConvertedModule]()
-    classifier = None if seen is None else _classifier(model, config, seen, notes)
+    classifier = None if seen is None else _classifier(model, config, seen, skip, notes)
     walk = _Walk(config, (*rules, *RULES), skip, notes)
     root = walk.converted(model, "")
     if not walk.replaced:
@@ -128,14 +166,26 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise ValueError(f"`skip` (={pattern!r}) names no module of the network")
     for path, module in model.named_modules():
-        if any(fnmatchcase(path, pattern) for pattern in skip):
+        if _is_skipped(path, skip):
             continue
+        if {"weight_g", "weight_orig"} & set(module._parameters):
+            raise ValueError(
+                f"the module {path!r} makes its weight anew before each call (weight norm, spectral norm, pruning): "
+                "remove that first"
+            )
         if parametrize.is_parametrized(module):
             raise ValueError(f"the module {path!r} has a parametrised weight: remove the parametrisation first")
         if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module._parameters.values()):
             raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
         if _is_bcos(module):
             raise ValueError(f"the module {path!r} is a B-cos layer already: `set_b` changes its exponent")
+
+
+def _is_skipped(path: str, skip: tuple[str, ...]) -> bool:
+    """Whether a module, or one that it is in, stays as it is."""
+    parts = path.split(".") if path else []
+    above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return any(fnmatchcase(each, pattern) for each in above for pattern in skip)
 
 
 def _is_bcos(module: nn.Module) -> bool:
@@ -179,6 +229,11 @@ class _Walk:
                 self._notes.append(ConvertedModule(path, kind, "left", "has parameters of its own, no rule"))
             return module
         made = rule.make(module, self._config, path)
+        if not isinstance(made, (str, nn.Module)):
+            raise TypeError(
+                f"the rule for {kind} made {type(made).__name__} of {path!r}: it must return a module, or the reason "
+                "why it leaves the old one as it is"
+            )
         if isinstance(made, str):
             outcome = "left" if "own" in made else "kept"
             self._notes.append(ConvertedModule(path, kind, outcome, made))
@@ -186,10 +241,20 @@ class _Walk:
         if made is module:
             self._notes.append(ConvertedModule(path, kind, "changed", "without bias or fast path"))
             return module
-        made.train(module.training)
+        _take_place(made, module)
         self.replaced += any(map(_is_bcos, made.modules()))
         self._notes.append(ConvertedModule(path, kind, "replaced", type(made).__name__))
         return made
+
+
+def _take_place(new: nn.Module, old: nn.Module) -> None:
+    """Give a new module the mode and the hooks of the one in whose place it comes."""
+    kept = set(old.modules())
+    for part in new.modules():
+        if part not in kept:
+            part.training = old.training
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
 
 
 def _with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> nn.Module:
@@ -199,21 +264,68 @@ def _with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[Co
     readers = _readers(root, seen)
     if readers:
         before = [(module, _contents(module)) for module in root.modules()]
-        try:
-            widen(root, readers, normalize)
-            probe(root, _paired(seen.example))
-        except Exception:  # code around the first layer that does not allow another one
-            for module, contents in before:
-                module.__dict__.clear()
-                module.__dict__.update(contents)
-        else:
+        if _widened(root, readers, normalize, seen.example):
             notes += [
                 ConvertedModule(path, "first layer", "changed", f"reads {2 * channels} channels, normalised")
                 for path in readers
             ]
             return root
+        _restore(before)
     notes.append(ConvertedModule("", type(root).__name__, "changed", f"behind PairedInput, {2 * channels} channels"))
-    return PairedInput(root, normalize).train(root.training)
+    around = PairedInput(root, normalize)
+    around.training = normalize.training = root.training
+    return around
+
+
+def _widened(root: nn.Module, readers: list[str], normalize: Normalize, example: Tensor) -> bool:
+    """Widen the layers that read the image; whether the network then gives for pairs what it gave for the image.
+
+    It does not where more than these layers reads the image, or their code does more than to convolve it.
+    """
+    pair = _paired(torch.rand(example.shape, generator=torch.Generator().manual_seed(1)).to(example))
+    before = [(module, _contents(module)) for module in root.modules()]
+    try:
+        difference = _difference_of_widening(root, readers, normalize, pair)
+        if _TOLERANCE < difference < _ROUNDING:  # by rounding, which a deep network lets grow?
+            _restore(before)
+            double = copy.deepcopy(root).double()
+            difference = _difference_of_widening(double, readers, normalize, pair.double())
+            widen(root, readers, normalize)
+    except Exception:  # whatever the code around the first layer says to more channels
+        return False
+    return difference <= _TOLERANCE
+
+
+def _difference_of_widening(root: nn.Module, readers: list[str], normalize: Normalize, pair: Tensor) -> float:
+    """Widen, and compare all outputs, relative to the largest of each.
+
+    With exponent 1 and raw filters: by others the pair has another cosine than the image.
+    """
+    image, complement = normalize(pair).chunk(2, 1)
+    with _linear_layers(root):
+        expected = probe(root, (image - complement) / 2).outputs
+    widen(root, readers, normalize)
+    with _linear_layers(root):
+        found = probe(root, pair).outputs
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return math.inf
+    pairs = [(ours.double(), theirs.double()) for ours, theirs in zip(found, expected, strict=True) if ours.numel()]
+    smallest = torch.finfo(torch.float64).tiny
+    return max((float((a - b).abs().max() / b.abs().max().clamp_min(smallest)) for a, b in pairs), default=0.0)
+
+
+@contextmanager
+def _linear_layers(root: nn.Module) -> Iterator[None]:
+    """The B-cos layers compute linear transforms inside, and are as before afterwards."""
+    layers: list[Any] = [module for module in root.modules() if _is_bcos(module)]
+    before = [(layer, _contents(layer)) for layer in layers]
+    try:
+        for layer in layers:
+            layer._parameters.pop("b", None)
+            layer.b, layer.normalize_weight = 1.0, False
+        yield
+    finally:
+        _restore(before)
 
 
 def _readers(root: nn.Module, seen: Probe) -> list[str]:
@@ -249,12 +361,16 @@ def _with_bypassed(
     ]
 
 
-def _classifier(model: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> str | None:
+def _classifier(
+    model: nn.Module, config: BcosConfig, seen: Probe, skip: tuple[str, ...], notes: list[ConvertedModule]
+) -> str | None:
     """The path of the last layer, after it has been put before the pooling where that is wanted and possible."""
-    if seen.last is None or not isinstance(model.get_submodule(seen.last), nn.Linear):
+    if seen.last is None or _is_skipped(seen.last, skip) or not isinstance(model.get_submodule(seen.last), nn.Linear):
         return None
     if config.classifier == "before pooling":
         for pool_path in _pools_before(model, seen.last):
+            if _is_skipped(pool_path, skip):
+                continue
             # An image with which the map has one position tells nothing: the next one is larger.
             outcomes = (_moved(model, pool_path, seen.last, *tried) for tried in _larger(model, seen))
             if next((outcome for outcome in outcomes if outcome is not None), False):
@@ -298,6 +414,8 @@ def _moved(model: nn.Module, pool_path: str, last: str, example: Tensor, expecte
     """
     before = [(module, _contents(module)) for module in model.modules()]
     linear: Any = model.get_submodule(last)
+    if any(vars(layer)[name] for layer in (linear, model.get_submodule(pool_path)) for name in _HOOKS):
+        return False
     above = last.rpartition(".")[0]
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
     conv.weight = nn.Parameter(linear.weight.detach()[..., None, None], linear.weight.requires_grad)
@@ -314,9 +432,7 @@ def _moved(model: nn.Module, pool_path: str, last: str, example: Tensor, expecte
     except Exception:  # code between pool and classifier that needs a vector
         pass
     if not same:
-        for module, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(contents)
+        _restore(before)
     return same
 
 

@@ -73,6 +73,7 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
         single = query.ndim == 2
         if single:
             query, key, value = (tokens.unsqueeze(0 if self.batch_first else 1) for tokens in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         if not self.batch_first:
             query, key, value = (tokens.transpose(0, 1) for tokens in (query, key, value))
         heads = [
@@ -80,8 +81,11 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
             for projected in self._projected(query, key, value)
         ]
         mask = self._mask(heads[0], heads[1], key_padding_mask, attn_mask, is_causal)
-        output = attention(*heads, mask=mask).transpose(1, 2).flatten(2)
-        output = self.out_proj(output)
+        if self.training and self.dropout:
+            output = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=self.dropout)
+        else:
+            output = attention(*heads, mask=mask)
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
             scores = heads[0] @ heads[1].mT * heads[0].shape[-1] ** -0.5

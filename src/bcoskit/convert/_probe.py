@@ -1,6 +1,6 @@
 """What a network does with an input, seen from outside: who reads the image, who is called, who gives the output."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +22,7 @@ class Probe:
     Attributes:
         example: The input.
         output: The network's output, if it is one tensor.
+        outputs: All tensors of the network's output, in their order.
         readers: Paths of the layers that read the input itself.
         last: Path of the layer whose output is the network's.
         called: Paths of the modules that were called.
@@ -29,6 +30,7 @@ class Probe:
 
     example: Tensor
     output: Tensor | None
+    outputs: tuple[Tensor, ...]
     readers: tuple[str, ...]
     last: str | None
     called: frozenset[str]
@@ -54,15 +56,26 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
         watch(path, module)
     try:
         with evaluating(model):
-            output = logits_of(model(example))
+            result = model(example)
     finally:
         for handle in handles:
             handle.remove()
-    output = output if isinstance(output, Tensor) else None
+    logits = logits_of(result)
+    output = logits if isinstance(logits, Tensor) else None
     last = None
     if output is not None:
         last = next((path for path, found in reversed(outputs.items()) if found is output), None)
-    return Probe(example, output, tuple(dict.fromkeys(readers)), last, frozenset(called))
+    return Probe(example, output, tuple(_tensors(result)), tuple(dict.fromkeys(readers)), last, frozenset(called))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _is_same(tensor: Tensor, example: Tensor) -> bool:
@@ -71,8 +84,9 @@ def _is_same(tensor: Tensor, example: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the modes and torch's random state as before afterwards."""
+    """Evaluation mode and no gradients inside; modes, buffers and torch's random state as before afterwards."""
     training = [module for module in model.modules() if module.training]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     state = torch.get_rng_state()
     try:
         for module in training:
@@ -81,6 +95,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
+        for buffer, before in buffers:
+            buffer.copy_(before)
         for module in training:
             module.training = True
 

@@ -91,7 +91,14 @@ def _taken_over(new: Any, old: Any, config: BcosConfig) -> Any:
 
 
 def _plain(module: nn.Module, *owners: type[Any]) -> bool:
-    return any(type(module).forward is owner.forward for owner in owners)
+    """Whether a module computes what one of the classes does: no subclass, or object, has a way of its own."""
+    return "forward" not in vars(module) and any(
+        type(module).forward is owner.forward and _inner(type(module)) is _inner(owner) for owner in owners
+    )
+
+
+def _inner(kind: type[Any]) -> Any:
+    return getattr(kind, "_conv_forward", None)  # what the forward pass of convolutions calls
 
 
 def _convolution(old: Any, config: BcosConfig, kind: type[Any], padding: tuple[int, ...] | str | None = None) -> Any:
@@ -112,12 +119,18 @@ def _convolution(old: Any, config: BcosConfig, kind: type[Any], padding: tuple[i
     )
 
 
+def _as_projection(old: Any, config: BcosConfig) -> str:
+    if config.biases == "drop" and old.bias is not None:
+        old.bias = None
+    return "makes queries, keys or values"
+
+
 def _of_conv(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     base = next(base for base in _CONVOLUTIONS if base in type(old).__mro__)
     if not _plain(old, base):
         return _OWN_FORWARD
     if config.projections == "linear" and _PROJECTIONS.search(path):
-        return "makes queries, keys or values"
+        return _as_projection(old, config)
     return _taken_over(_convolution(old, config, _CONVOLUTIONS[base]), old, config)
 
 
@@ -163,9 +176,7 @@ def _of_linear(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     if not _plain(old, nn.Linear, Linear):
         return _OWN_FORWARD
     if config.projections == "linear" and _PROJECTIONS.search(path):
-        if config.biases == "drop" and old.bias is not None:
-            old.bias = None
-        return "makes queries, keys or values"
+        return _as_projection(old, config)
     new = BcosLinear(
         old.in_features,
         old.out_features,
@@ -225,7 +236,10 @@ def _batch_norm(old: Any, config: BcosConfig) -> nn.Module:
         factor = torch.rsqrt(old.running_var + old.eps)
         factor = factor if old.weight is None else factor * old.weight.detach()
         shift = -old.running_mean * factor
-        new.bias = nn.Parameter(shift if old.bias is None else shift + old.bias.detach())
+        learns = old.bias is None or old.bias.requires_grad
+        new.bias = nn.Parameter(shift if old.bias is None else shift + old.bias.detach(), learns)
+    if new.num_batches_tracked is not None and old.num_batches_tracked is not None:
+        new.num_batches_tracked.copy_(old.num_batches_tracked)
     return new.to(old.running_var.device, old.running_var.dtype)
 
 

@@ -82,6 +82,10 @@ def cifar10(
     return ImageDataset(_PixelArrays(original.data), original.targets, original.classes, transform)
 
 
+class NoSplitError(ImageError):
+    """A folder in which no split of a dataset is found."""
+
+
 def open_dataset(
     path: str | os.PathLike[str],
     split: Literal["train", "test"] = "train",
@@ -130,7 +134,7 @@ def open_dataset(
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return folder(root / name, transform)
-    raise ImageError(
+    raise NoSplitError(
         f"{root}: holds no {split} images (expected {split}-*.parquet, {split}-*.tar, cifar-10-batches-py, "
         f"or a folder {' or '.join(SPLITS[split])} with one folder of images per class)"
     )

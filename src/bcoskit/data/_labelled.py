@@ -67,6 +67,37 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
         """Whether an image may be of several classes, or of none."""
         return self.labels.ndim == 2
 
+    def match(self, classes: Sequence[str]) -> None:
+        """Bring the labels into the order of a network's classes, by name where names are known.
+
+        Names of which the network has none, and as many as it has classes, are taken for these in their order.
+
+        Args:
+            classes: Names of the network's classes.
+
+        Raises:
+            ValueError: If the labels cannot be told apart: more classes, or some that the network has and others.
+        """
+        mine, theirs = self.classes, tuple(classes)
+        if mine == theirs:
+            return
+        if len(mine) > len(theirs):
+            raise ValueError(f"has {len(mine)} classes, the network {len(theirs)}")
+        unknown = [name for name in mine if name not in theirs]
+        if len(unknown) == len(mine) == len(theirs):
+            return
+        if unknown:
+            raise ValueError(
+                f"has {len(mine)} classes, the network {len(theirs)}, among which there is no {unknown[0]!r}: labels "
+                "cannot be told apart"
+            )
+        places = torch.tensor([theirs.index(name) for name in mine])
+        if self.multi_label:
+            self.labels = torch.zeros(len(self), len(theirs)).index_copy(1, places, self.labels)
+        else:
+            self.labels = places[self.labels]
+        self.classes = theirs
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")

@@ -18,6 +18,7 @@ from bcoskit.dynamic._places import Places
 _SATURATING = frozenset(
     """
     clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ hardtanh hardtanh_ relu6 threshold threshold_
+    _threshold
     maximum minimum fmax fmin nan_to_num nan_to_num_
     """.split()
 )

@@ -27,6 +27,7 @@ _LOCATION = "bcoskit_location"
 
 _REGISTER = "replace it, or register what is to be frozen in it with `bcoskit.rule`"
 _SUGGESTIONS = {
+    "half precision": "let the network run in float32",
     "own backward": "write it with torch's operations, or register a rule for the function that calls it",
     "read by Python": "compute with tensors (`torch.where`, a product) instead of deciding by a value",
     "samples of the batch": "call `model.eval()`, and keep running statistics; let no statistic run over the batch",
@@ -66,7 +67,8 @@ class Violation:
 _LINEAR = frozenset(
     """
     Abs Add AccumulateGrad AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
-    AffineGridGenerator Alias Amax Amin Aminmax AsStrided AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone
+    AffineGridGenerator Alias Amax Amin Aminmax AsStrided AvgPool2D AvgPool3D BlockDiag Cat ChannelShuffle Clamp
+    ClampMax ClampMin Clone NativeChannelShuffle
     Col2Im Complex Conj ConjPhysical ConstantPadNd Copy CopyBackwards CopySlices Cummax Cummin Cumsum Diag
     DiagEmbed Diagonal Expand FftC2C FftC2R FftR2C Flip Fmax Fmin FractionalMaxPool2D FractionalMaxPool3D Gather
     Hardshrink Hardtanh Im2Col Imag Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
@@ -97,6 +99,7 @@ _FACTORS: dict[str, tuple[int, ...]] = {
 _FIXED: dict[str, tuple[int, ...]] = {
     "Div": (1,),
     "Addcdiv": (2,),
+    "Ldexp": (1,),
     "Lerp": (2,),
     "GridSampler2D": (1,),
     "GridSampler3D": (1,),
@@ -148,6 +151,10 @@ def _fault(node: Any, marked: bool) -> str | None:
         return "writes to a view by an operation that is not known to be linear"
     if kind in ("IndexReduce", "ScatterReduce") and node._saved_reduce == "prod":
         return "multiplies entries that depend on the input"
+    if kind == "ToCopy" and node._input_metadata[0].dtype in (torch.float16, torch.bfloat16):
+        return "computes in half precision, in which W(x) is not exact" if node_depends_on_input(node, marked) else None
+    if kind == "Abs" and node._saved_self.is_complex():
+        return "is not known to be linear in the input" if node_depends_on_input(node, marked) else None
     if kind in _LINEAR:
         return None
     parents = [parent for parent, _ in node.next_functions]
@@ -212,9 +219,10 @@ class LocatingMode(ExplanationMode):
         super().__exit__(*exception)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = list(tensors_in([args, kwargs]))
-        from_input = any(tensor.requires_grad or id(tensor) in self._derived for tensor in given)
         name = getattr(func, "__name__", "")
+        read = [args[1:], kwargs] if name in _OF_SHAPE else args[:1] if name in _OF_FIRST else [args, kwargs]
+        given = list(tensors_in(read))
+        from_input = any(tensor.requires_grad or id(tensor) in self._derived for tensor in given)
         if name in _READS and from_input:
             reason = "is read by Python, which decides by a value of the input: the decision is no part of the map"
             self.unseen.append(Violation("read", name_of(func), *self._places.here(), reason))
@@ -224,7 +232,9 @@ class LocatingMode(ExplanationMode):
             self.unseen.append(Violation("refused", name_of(func), *self._places.here(), f"is refused: {error}"))
             output = func(*args, **kwargs)
         if from_input:
-            self._derived |= {id(tensor): tensor for tensor in tensors_in(output) if not tensor.requires_grad}
+            changed = list(tensors_in(args[0] if output is None else output))  # an assignment returns nothing
+            changed += [tensor._base for tensor in changed if tensor._base is not None]
+            self._derived |= {id(tensor): tensor for tensor in changed if not tensor.requires_grad}
         return output
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,4 +263,15 @@ class LocatingMode(ExplanationMode):
                 stack.extend(parent for parent, _ in node.next_functions)
 
 
-_READS = frozenset("__bool__ __int__ __float__ __index__ item tolist numpy is_nonzero equal allclose".split())
+_READS = frozenset(
+    "__bool__ __int__ __float__ __index__ __contains__ __array__ item tolist numpy is_nonzero equal allclose".split()
+)
+# Of their first argument they take shape, dtype and device alone, …
+_OF_SHAPE = frozenset(
+    """
+    new_ones new_zeros new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
+    randint_like size dim numel stride
+    """.split()
+)
+# … and these of any but the first.
+_OF_FIRST = frozenset("to type_as expand_as view_as reshape_as".split())

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 _TORCH = str(Path(torch.__file__).parent)
+_TORCH_LAYERS = str(Path(nn.__file__).parent / "modules")
 _OURS = str(Path(__file__).parent)
+_RUNNER = str(Path(__file__).parents[1] / "_layers.py")
+_NO_LAYERS = ("module.py", "container.py")
 
 
 class Places:
@@ -25,7 +28,7 @@ class Places:
         self._paths = {id(module): name for name, module in modules}
 
     def here(self) -> tuple[str, str]:
-        """`file.py:line` of the nearest caller outside torch and this package, and the nearest module's path."""
+        """`file.py:line` of the nearest caller in the network's code, or in a layer of torch, and the module's path."""
         location, path, _ = self._nearest()
         return location, path
 
@@ -45,12 +48,17 @@ class Places:
         return f"{path}.{kept[0]}" if kept else ""
 
     def _nearest(self) -> tuple[str, str, Any]:
-        location, path, module = "", None, None
+        location, in_torch, path, module = "", "", None, None
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and (not location or path is None):
             file = frame.f_code.co_filename
-            if not location and not file.startswith((_TORCH, _OURS)):
-                location = f"{Path(file).name}:{frame.f_lineno}"
+            here = f"{Path(file).name}:{frame.f_lineno}"
+            if file.startswith(_TORCH_LAYERS) and not file.endswith(_NO_LAYERS):
+                in_torch = in_torch or here
+            elif file == _RUNNER and in_torch:  # torch's layers and containers are all that there is
+                location = location or in_torch
+            elif not location and not file.startswith((_TORCH, _OURS)):
+                location = here
             if path is None:
                 module = frame.f_locals.get("self")
                 path = self._paths.get(id(module))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bcoskit.evaluation._loop import item_of, run_metric, stacked
 from bcoskit.evaluation._probabilities import check_classes, probabilities_of
@@ -36,7 +36,7 @@ class Accuracy:
         check_classes(labels, logits)
         probabilities, shares = probabilities_of(model, logits), logits.softmax(1)
         predicted = logits.argmax(1).tolist()
-        better = (logits > logits[range(len(labels)), labels][:, None]).sum(1).tolist()
+        before = _classes_before(logits, torch.tensor(labels, device=logits.device)).tolist()
         return [
             [
                 {
@@ -46,12 +46,19 @@ class Accuracy:
                     "logit": float(logits[index, predicted[index]]),
                     "probability": float(probabilities[index, predicted[index]]),
                     "softmax": float(shares[index, predicted[index]]),
-                    "top5": int(better[index] < _TOP),
+                    "top5": int(before[index] < _TOP),
                     "score": float(labels[index] == predicted[index]),
                 }
             ]
             for index, unit in enumerate(units)
         ]
+
+
+def _classes_before(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes rank before the label; of equal logits, as in `argmax`, the first class does."""
+    own = logits.gather(1, labels[:, None])
+    is_earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return ((logits > own) | ((logits == own) & is_earlier)).sum(1)
 
 
 def accuracy(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: Any = None) -> Result:

@@ -69,14 +69,19 @@ class GridPointing:
         """The scores of the cells of some grids."""
         items = [[item_of(dataset, index) for index in unit] for unit in units]
         cells = torch.stack([stacked(model, [item[0] for item in grid]) for grid in items])
-        if self.rescale:
-            side = cells.shape[-1] // self.grid
-            small = F.interpolate(cells.flatten(0, 1), (side, side), mode="bilinear", antialias=True)
-            cells = small.unflatten(0, cells.shape[:2])
+        side = cells.shape[-1]
+        if self.rescale and side % self.grid == 0:
+            cells = _resized(cells.flatten(0, 1), side // self.grid).unflatten(0, cells.shape[:2])
         target = torch.tensor([[item[1] for item in grid] for grid in items], device=cells.device)
-        images = make_grid(cells)
-        maps = self._contributions(model, images, target, method)
-        scores = grid_scores(maps, self.grid, self._smooth(cells), _SMALLEST_MASS[self.protocol]).tolist()
+        images, smooth = make_grid(cells), self._smooth(side // self.grid if self.rescale else side)
+        if self.rescale and side % self.grid:
+            # Cells end within pixels, whose contributions are shared out by area.
+            small = self._contributions(model, _resized(images, side), target, method)
+            shares = smoothed(small, smooth) / self.grid**2
+            maps, smooth = shares.repeat_interleave(self.grid, -1).repeat_interleave(self.grid, -2), 1
+        else:
+            maps = self._contributions(model, images, target, method)
+        scores = grid_scores(maps, self.grid, smooth, _SMALLEST_MASS[self.protocol]).tolist()
         return [
             [
                 {"cell": cell, "image": int(unit[cell]), "target": int(target[index, cell]), "score": score}
@@ -85,10 +90,10 @@ class GridPointing:
             for index, unit in enumerate(units)
         ]
 
-    def _smooth(self, cells: Tensor) -> int:
+    def _smooth(self, side: int) -> int:
         if self.smooth is not None:
             return self.smooth
-        return 15 if cells.shape[-1] >= _LARGE else 1
+        return 15 if side >= _LARGE else 1
 
     def _contributions(self, model: nn.Module, images: Tensor, target: Tensor, method: Any) -> Tensor:
         if self.window is None:
@@ -146,7 +151,8 @@ def grid_pointing_game(
             window is explained by itself, contributions are added (Arya et al., NeurIPS 2024, with half a window of
             zeros around the grid).
         stride: Step of the window; by default half its side.
-        rescale: Shrink each cell, so that the grid has the size of one image.
+        rescale: Shrink the grid to the size of one image; where its cells then end within pixels, these belong to each
+            cell by their area.
         authors_offset: Lose an image after each grid, as the authors' code does.
         seed: Of the draws.
         batch_size: Grids at once.
@@ -187,6 +193,10 @@ def grid_scores(maps: Tensor, grid: int, smooth: int = 1, smallest_mass: float =
     total = shares.sum(2)
     own = shares.diagonal(dim1=1, dim2=2)
     return torch.where(total > smallest_mass, own / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def check_smooth(smooth: int | None) -> None:

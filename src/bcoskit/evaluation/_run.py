@@ -4,14 +4,16 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bcoskit import __version__
 from bcoskit._checks import check_evaluation_mode
@@ -98,7 +100,7 @@ def evaluate(
         "model": name,
         "weights": fingerprint(model, str(model)),
         "images": len(dataset),
-        "data": _digest_of(dataset),
+        "data": _digests_of(dataset),
         "metrics": [{"metric": metric.name, **settings_of(metric)} for metric in wanted],
         "methods": [_identity(method) for method in methods],
         "batch_size": batch_size,
@@ -114,61 +116,130 @@ def evaluate(
     return results
 
 
-def _digest_of(dataset: Any) -> str:
-    """Of labels, if they are at hand, and of some images: tells datasets apart without reading them."""
-    digest = hashlib.sha256(str(len(dataset)).encode())
-    labels = getattr(dataset, "labels", None)
+def _digests_of(dataset: Any) -> dict[str, Any]:
+    """Of labels and regions, if they are at hand, and of some items: tells datasets apart without reading them.
+
+    An item that cannot be read has none: it may be mended before the run is resumed.
+    """
+    digests: dict[str, Any] = {}
+    labels, regions = getattr(dataset, "labels", None), getattr(dataset, "regions", None)
     if labels is not None:
-        digest.update(torch.as_tensor(labels).to(torch.int64).cpu().numpy().tobytes())
+        digests["labels"] = _sha(torch.as_tensor(labels).to(torch.int64).cpu().numpy().tobytes())
+    if regions is not None:
+        digests["regions"] = _sha(*(_bytes_of(torch.as_tensor(region)) for region in regions))
     for index in sorted({round(place * (len(dataset) - 1) / _SAMPLED) for place in range(_SAMPLED + 1)}):
         try:
-            x, label, *_ = item_of(dataset, index)
-        except ValueError as error:
-            digest.update(str(error).encode())
+            x, label, *region = item_of(dataset, index)
+        except ValueError:
+            digests[f"item {index}"] = None
         else:
-            digest.update(f"{label} {tuple(x.shape)}".encode())
-            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+            parts = (x, *(torch.as_tensor(each) for each in region))
+            digests[f"item {index}"] = _sha(str(label).encode(), *map(_bytes_of, parts))
+    return digests
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous()
+    return f"{tuple(values.shape)}".encode() + values.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _sha(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _identity(method: Any) -> str:
-    """The name of a method, and of a function the digest of its code."""
+    """The name of a method, and of a function the digest of its code and of the values that it holds."""
     inner = method
+    held: list[Any] = []
     while isinstance(inner, partial):
+        held += [inner.args, sorted(inner.keywords.items())]
         inner = cast("Any", inner.func)
     code = getattr(inner, "__code__", None)
     if code is None or isinstance(method, str) or inner in METHODS.values():
         return name_of(method)
-    digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()[:8]
-    return f"{name_of(method)} {digest}"
+    return f"{name_of(method)} {_sha(_function_bytes(inner), *map(_value_bytes, held))[:8]}"
+
+
+def _function_bytes(function: Any) -> bytes:
+    # A cell may be empty, of a name that is not assigned yet.
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    values = (*cells, function.__defaults__, function.__kwdefaults__)
+    return _code_bytes(function.__code__) + b"".join(map(_value_bytes, values))
+
+
+def _code_bytes(code: CodeType) -> bytes:
+    constants = (_code_bytes(each) if isinstance(each, CodeType) else repr(each).encode() for each in code.co_consts)
+    return code.co_code + repr(code.co_names).encode() + b"".join(constants)
+
+
+def _value_bytes(value: Any) -> bytes:
+    """Of a value, the same in every process; of objects that have no such bytes, those of their type."""
+    if isinstance(value, Tensor):
+        return _bytes_of(value)
+    if isinstance(value, (list, tuple)):
+        return b"(" + b",".join(map(_value_bytes, value)) + b")"
+    if isinstance(value, dict):
+        return _value_bytes(list(value.items()))
+    if isinstance(value, FunctionType):
+        return _function_bytes(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value).encode()
+    return type(value).__qualname__.encode()
 
 
 def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    file = out / SETTINGS
+    file, parts = out / SETTINGS, out / PARTS
     rank, processes = share()
     now = json.loads(json.dumps(settings, default=_plain))
     if file.exists():
-        if not resume and processes == 1:
+        before = _settings_before(file)
+        rejected = processes == 1 and _is_rejected(before, parts)
+        if not resume and processes == 1 and not rejected:
             raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
-        try:
-            before = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: cannot be read, so that the run cannot be resumed ({error})") from error
-        changed = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-        if changed:
+        changed = [key for key in now if not _agree(before.get(key), now[key])]
+        if changed and rejected:
+            shutil.rmtree(parts, ignore_errors=True)
+        elif changed:
             raise ValueError(
                 f"`{changed[0]}` (={now[changed[0]]}) is not that of the run in {out}; resume it with the same "
                 "settings, or choose another folder"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())) and processes == 1:
         raise ValueError(f"`out` (={str(out)!r}) must be a new folder, or that of an earlier run")
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    parts.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(now, indent=2) + "\n")
     if resume and rank == 0:
-        for part in (out / PARTS).glob("*/*.json"):
+        for part in parts.glob("*/*.json"):
             found = _read_part(part)
             if found is None or found[1]:  # what has failed may succeed now
                 part.unlink(missing_ok=True)
+
+
+def _settings_before(file: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read, so that the run cannot be resumed ({error})") from error
+    return before if isinstance(before, dict) else {}
+
+
+def _is_rejected(before: dict[str, Any], parts: Path) -> bool:
+    """Whether a run has ended at its predictions, as one does for which there are too few images."""
+    return bool(before.get("metrics")) and not any(
+        True for part in parts.glob("*/*.json") if not part.parent.name.startswith(f"{Accuracy.name}-")
+    )
+
+
+def _agree(before: Any, now: Any) -> bool:
+    """Whether settings are the same, as far as both are known."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(
+            before[key] is None or now[key] is None or before[key] == now[key] for key in now
+        )
+    return bool(before == now)
 
 
 def _plain(value: Any) -> Any:
@@ -183,7 +254,7 @@ def _job(
 ) -> _Job:
     units = metric.units(model, dataset, ranking)
     label = f"{metric.name}-{name_of(method)}" if metric.needs_method else metric.name
-    known = json.dumps([label, settings_of(metric)], default=_plain)
+    known = json.dumps([label, settings_of(metric), repr(units)], default=_plain)
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", label)[:60]
     folder = out / PARTS / f"{readable}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 
 from bcoskit._processes import is_first
 from bcoskit.convert import GradualConversion, bcosify
-from bcoskit.data import ImageDataset, ImageError, ImageTransform, InMemoryImages, find_images, open_dataset
+from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, find_images, open_dataset
+from bcoskit.data._datasets import NoSplitError
 from bcoskit.models import Network, create_model, save_model
 from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
@@ -259,9 +260,9 @@ def align(
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
-    unreadable = Unreadable(max_unreadable, out)
-    train_images, test_images, has_labels = _splits(data, row.transform, original.num_classes, unreadable)
-    settings["data"] = data_digest(train_images)
+    unreadable = Unreadable(max_unreadable, out, bool(before))
+    train_images, test_images, has_labels = _splits(data, row.transform, original.classes, unreadable)
+    settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
     check_unchanged(settings, before, out)
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
@@ -303,14 +304,14 @@ def stages_of(student: Network, teacher: Network) -> dict[str, str]:
 
 
 def _splits(
-    data: Path, transform: ImageTransform, num_classes: int, unreadable: Unreadable
+    data: Path, transform: ImageTransform, classes: tuple[str, ...], unreadable: Unreadable
 ) -> tuple[InMemoryImages, InMemoryImages, bool]:
     """Images to learn from and to measure on, larger than the network's, and whether the labels are its classes."""
     shorter = transform.resize or transform.size
     view = replace(transform, size=shorter, resize=shorter).view
     try:
         splits = [open_dataset(data, "train", view), open_dataset(data, "test", view)]
-    except ImageError:
+    except NoSplitError:
         files = sorted(find_images([data]))
         if len(files) < _EVERY:
             raise ValueError(f"`data` (={str(data)!r}) holds {len(files)} images, fewer than {_EVERY}") from None
@@ -318,6 +319,11 @@ def _splits(
         splits = [ImageDataset(part, [0] * len(part), ("image",), view) for part in (learnt, files[::_EVERY])]
         has_labels = False
     else:
-        has_labels = len(splits[1].classes) == num_classes
+        has_labels = len(splits[1].classes) <= len(classes) and not splits[1].multi_label
+        if has_labels:
+            try:
+                splits[1].match(classes)
+            except ValueError:  # they are of other classes
+                has_labels = False
     train_images = loaded(splits[0], "train", unreadable)
     return train_images, loaded(splits[1], "test", unreadable), has_labels

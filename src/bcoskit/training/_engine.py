@@ -182,6 +182,8 @@ class WithinEpochs(Checkpoint):
         if done % trainer.accumulate_grad_batches or done == trainer.num_training_batches:
             return
         if trainer.global_step % self._every == 0:
+            assert isinstance(pl_module, Learner)
+            pl_module.move(trainer.global_step)
             trainer.save_checkpoint(self._path)
 
 

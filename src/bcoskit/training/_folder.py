@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from bcoskit.data import InMemoryImages, StreamedImages
 
 _SAMPLED = 64  # images that tell datasets apart
 CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
+EXPLANATIONS = "explanations"
 
 
 def check_ranges(epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Raise a `ValueError` for the first value that is out of its range."""
     for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
-        if not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` (={value}) must be above 0 and finite")
     if not 0 <= seed < 2**63:
         raise ValueError(f"`seed` (={seed}) must be at least 0 and below 2**63")
@@ -36,9 +38,12 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
             raise ValueError(f"`out` (={str(out)!r}) holds a trained model, and no checkpoint; choose another folder")
         return {}
     try:
-        parts = torch.load(checkpoint, map_location="cpu", weights_only=True).keys()
+        whole = _is_whole(checkpoint)
+        parts = set(torch.load(checkpoint, map_location="cpu", weights_only=True).keys()) if whole else set[str]()
     except Exception as error:  # damaged files are answered with nearly every kind of exception
         raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed") from error
+    if not parts:
+        raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed")
     if not parts >= {"state_dict", "optimizer_states", "lr_schedulers", "loops"}:
         raise ValueError(f"{checkpoint}: is no checkpoint of a training run")
     try:
@@ -48,6 +53,12 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
     if not isinstance(before, dict) or not before:
         raise ValueError(f"{settings}: holds no settings, so that the run cannot be resumed")
     return before
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all parts of a file have the sums that torch has written, and does not compare."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        return archive.testzip() is None
 
 
 def data_digest(images: InMemoryImages | StreamedImages) -> str:
@@ -62,7 +73,9 @@ def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path)
     """Raise a `ValueError` for the first setting that is another one than in the run that is to be resumed."""
     changed = [name for name in settings if not _is_same(before.get(name, settings[name]), settings[name])]
     # Those of the data are not known yet when the others are compared.
-    missing = [name for name in before if name not in settings and name not in ("classes", "data", "images")]
+    missing = [
+        name for name in before if name not in settings and name not in ("classes", "data", "test_data", "images")
+    ]
     for name in (*changed, *missing):
         now = settings.get(name, "not given")
         raise ValueError(
@@ -81,8 +94,9 @@ def _is_same(before: Any, now: Any) -> bool:
 def write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a run that begins or goes on."""
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.rglob(UNFINISHED):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+    for place in (out, (out / CHECKPOINT).parent, out / EXPLANATIONS):
+        for leftover in place.glob(UNFINISHED):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
     unfinished = unfinished_file(out / SETTINGS)
     try:
         unfinished.write_text(json.dumps(settings, indent=2) + "\n")

@@ -40,11 +40,14 @@ class Unreadable:
     Args:
         limit: How many there may be in each process.
         out: Folder of the run.
+        resumed: Whether what was written down there is of this run.
     """
 
-    def __init__(self, limit: int, out: Path) -> None:
+    def __init__(self, limit: int, out: Path, resumed: bool) -> None:
         self._limit, self._file = limit, out / UNREADABLE
-        self._known = set(self._file.read_text().splitlines()) if self._file.exists() else set[str]()
+        if not resumed and is_first():
+            self._file.unlink(missing_ok=True)
+        self._known = set(self._file.read_text().splitlines()) if resumed and self._file.exists() else set[str]()
 
     def add(self, line: str, *, written: bool = True) -> None:
         """One more, if it is a new one.

@@ -209,16 +209,16 @@ class Learner(lightning.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, self.optimization.clip_at)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Move a gradual conversion to where it should be at this step."""
-        self._move(self.global_step)
+        """Bring a gradual conversion to where it is at this step."""
+        self.move(self.global_step)
 
     def on_validation_start(self) -> None:
         """Measure, and save, the network as far as the steps have brought it."""
-        self._move(self.global_step)
+        self.move(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring a gradual conversion to where it was, before the weights come."""
-        self._move(int(checkpoint["global_step"]))
+        self.move(int(checkpoint["global_step"]))
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss itself.
@@ -233,7 +233,8 @@ class Learner(lightning.LightningModule):
             )
         return loss
 
-    def _move(self, step: int) -> None:
+    def move(self, step: int) -> None:
+        """Bring a gradual conversion to where it is at a step."""
         if self._gradual is None:
             return
         progress = min(step / (self._gradual_part * self._steps), 1.0)

@@ -14,7 +14,15 @@ from bcoskit.models import ModelRow, Network, save_model
 from bcoskit.training._augment import after_cropping
 from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
-from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
+from bcoskit.training._folder import (
+    EXPLANATIONS,
+    MODEL,
+    check_ranges,
+    check_unchanged,
+    data_digest,
+    settings_before,
+    write_settings,
+)
 from bcoskit.training._loading import Images, Unreadable, open_images
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization
@@ -148,7 +156,7 @@ def train(
     _check_together(hardware, optimization, gradual, watch_every, checkpoint_every)
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
-    unreadable = Unreadable(loading.max_unreadable, out)
+    unreadable = Unreadable(loading.max_unreadable, out, bool(before))
     train_images, test_images = (
         open_images(
             data,
@@ -165,7 +173,7 @@ def train(
     classes = train_images.classes
     settings |= {"classes": list(classes), "images": "memory" if isinstance(train_images, InMemoryImages) else "disk"}
     check_unchanged(settings, before, out)
-    settings |= {"data": data_digest(train_images)}
+    settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
     check_unchanged(settings, before, out)
     loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
     _check_images(data, train_images, test_images, batch_size, augmentation, loss, watch_every)
@@ -188,7 +196,7 @@ def train(
     )
     if is_first():
         write_settings(out, settings)
-    watches = [Watch(test_images, network.transform, out / "explanations", watch_every)] if watch_every else []
+    watches = [Watch(test_images, network.transform, out / EXPLANATIONS, watch_every)] if watch_every else []
     figures = fit(
         learner,
         train_images,
@@ -248,6 +256,8 @@ def _check_images(
         raise ValueError(f"`data` (={data}) has other classes for testing than for training")
     if train_images.multi_label != test_images.multi_label:
         raise ValueError(f"`data` (={data}) has images of several classes in one split only")
+    if len(train_images.classes) == 1 and not train_images.multi_label:
+        raise ValueError(f"`data` (={data}) has one class, {train_images.classes[0]!r}: there is nothing to tell apart")
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
     if not train_images.multi_label:

@@ -1,0 +1,125 @@
+"""What no graph shows, and what is only nearly linear: found by the audit, refused by `explain`, or let through."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bcoskit
+from bcoskit.dynamic import NotLinearError
+
+
+class Coded(nn.Module):
+    """A linear layer, and code of the caller's."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.with_forward = forward
+
+    def forward(self, x):
+        return self.with_forward(self.linear, x)
+
+
+def audited(forward):
+    return bcoskit.audit(Coded(forward).eval(), torch.rand(2, 4), 0)
+
+
+def by_numpy(linear, x):
+    return linear(x) if np.asarray(x.detach()).mean() > 0 else x
+
+
+def by_membership(linear, x):
+    return linear(x) if 0.5 in x else 2 * linear(x)
+
+
+def by_assignment(linear, x):
+    kept = torch.zeros(2)
+    kept[0] = x.detach().mean()
+    return linear(x) if kept[0] > 0 else x
+
+
+def by_a_view(linear, x):
+    kept = torch.zeros(2)
+    kept[:1].copy_(x.detach().mean()[None])
+    return linear(x) if kept.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("forward", "operation"),
+    [
+        (by_numpy, "__array__"),
+        (by_membership, "__contains__"),
+        (by_assignment, "__bool__"),
+        (by_a_view, "__bool__"),
+    ],
+)
+def test_values_that_python_reads(forward, operation):
+    report = audited(forward)
+    assert not report.passed
+    assert operation in report.offenders[0].operation
+    assert report.offenders[0].location.startswith("test_audit.py:")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda linear, x: linear(x) if x.new_ones(3).sum() > 0 else x,
+        lambda linear, x: linear(x) if torch.zeros_like(x).sum() == 0 else x,
+        lambda linear, x: linear(x) if torch.ones(2).to(x).sum() > 0 else x,
+        lambda linear, x: linear(x) if torch.ones(2).type_as(x).sum() > 0 else x,
+        lambda linear, x: torch.ldexp(linear(x), torch.tensor([1, 2, 3, 1])),
+        lambda linear, x: linear(x).abs(),
+        lambda linear, x: torch.channel_shuffle(linear(x)[..., None, None], 2).flatten(1),
+        lambda linear, x: torch.stack([torch.block_diag(row[:2], row[2:])[:, 0] for row in linear(x)]),
+    ],
+)
+def test_what_is_linear(forward):
+    report = audited(forward)
+    assert report.passed, report.offenders
+    e = bcoskit.explain(Coded(forward).eval(), torch.rand(2, 4), 0, shares=True)
+    assert float(e.residual.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda linear, x: (linear(x).bfloat16() @ torch.ones(4, 4).bfloat16()).float(), "half precision"),
+        (lambda linear, x: torch.fft.fft(linear(x)).abs(), "Abs"),
+        (lambda linear, x: torch.ldexp(linear(x), x), "divisor, weight or grid"),
+    ],
+)
+def test_what_is_not(forward, message):
+    with pytest.raises(NotLinearError, match=message):
+        bcoskit.explain(Coded(forward).eval(), torch.rand(2, 4), 0)
+    assert not audited(forward).passed
+
+
+def test_autocast_within_the_network():
+    def cast(linear, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(x).float()
+
+    with pytest.raises(NotLinearError, match="half precision"):
+        bcoskit.explain(Coded(cast).eval(), torch.rand(2, 4), 0)
+
+
+def test_the_share_of_a_threshold():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Threshold(0.1, 0.3), nn.Linear(4, 2)).eval()
+    e = bcoskit.explain(network, 3 * torch.rand(8, 4), 0, shares=True)
+    assert float(e.residual.abs().max()) < 1e-5
+    assert "1.threshold" in e.shares
+
+
+def test_a_function_that_holds_a_batch():
+    linear, factors = nn.Linear(4, 3), torch.rand(2, 3)
+    with pytest.raises(TypeError, match="1 samples first"):
+        bcoskit.explain(lambda x: linear(x) * factors, torch.rand(2, 4), 0, shares=True)
+
+
+def test_faults_in_torchs_own_layers_are_where_these_are():
+    network = nn.Sequential(nn.Linear(4, 4), nn.LPPool1d(2, 2), nn.Linear(2, 2)).eval()
+    with pytest.raises(NotLinearError, match=r"in module '1' at pooling.py:\d+"):
+        bcoskit.explain(network, torch.rand(2, 4), 0)
