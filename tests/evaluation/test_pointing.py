@@ -331,6 +331,27 @@ def test_shrunken_cells_make_a_grid_of_one_image():
     assert passes[-1] == (4, 4)
 
 
+def test_shrunken_cells_that_end_within_pixels():
+    sizes = []
+
+    def corner(model, x, target):
+        sizes.append(tuple(x.shape[-2:]))
+        return torch.zeros_like(x[:, 0]).index_fill(1, torch.tensor([0]), 1.0).index_fill(2, torch.arange(1, 4), 0.0)
+
+    def middle(model, x, target):
+        return torch.zeros_like(x[:, 0]).index_fill(2, torch.tensor([1]), 1.0)
+
+    options = {"grid": 3, "count": 1, "rescale": True}
+    network, data = patches(10), images(100, 10, strength=1.0)
+    assert grid_pointing_game(network, data, uniform, **options).mean == pytest.approx(1 / 9)
+    scores = [row["score"] for row in grid_pointing_game(network, data, corner, **options).rows]
+    assert sizes[0] == (4, 4)
+    assert scores == [1.0] + [0.0] * 8
+    # The second of four columns lies from 1/4 to 1/2: a third of it in the first cell, which ends at 1/3.
+    scores = [row["score"] for row in grid_pointing_game(network, data, middle, **options).rows]
+    assert scores == pytest.approx([1 / 9, 2 / 9, 0] * 3)
+
+
 def test_unreadable_images_are_told():
     class Holes(list):
         def __getitem__(self, index):
