@@ -349,7 +349,7 @@ def test_shrunken_cells_that_end_within_pixels():
     assert scores == [1.0] + [0.0] * 8
     # The second of four columns lies from 1/4 to 1/2: a third of it in the first cell, which ends at 1/3.
     scores = [row["score"] for row in grid_pointing_game(network, data, middle, **options).rows]
-    assert scores == pytest.approx([1 / 9, 2 / 9, 0] * 3)
+    assert scores == pytest.approx([1 / 9] * 3 + [2 / 9] * 3 + [0] * 3)  # cells go down the columns
 
 
 def test_unreadable_images_are_told():
