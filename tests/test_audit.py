@@ -123,3 +123,17 @@ def test_faults_in_torchs_own_layers_are_where_these_are():
     network = nn.Sequential(nn.Linear(4, 4), nn.LPPool1d(2, 2), nn.Linear(2, 2)).eval()
     with pytest.raises(NotLinearError, match=r"in module '1' at pooling.py:\d+"):
         bcoskit.explain(network, torch.rand(2, 4), 0)
+
+
+def test_casts_to_single_precision():
+    class Norm(nn.Module):
+        """As language models have it."""
+
+        def forward(self, x):
+            wide = x.to(torch.float32)
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return wide.float().type(torch.float32).to(dtype=torch.float32).to(x.dtype)
+
+    network = nn.Sequential(nn.Linear(4, 4), Norm(), nn.Linear(4, 2)).eval()
+    report = bcoskit.audit(network, torch.rand(2, 4), 0)
+    assert report.passed, report

@@ -6,13 +6,14 @@ of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plu
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bcoskit._checks import check_inputs, untouched
 from bcoskit._explain import explain
@@ -75,7 +76,7 @@ def audit(
 ) -> AuditReport:
     """Prove that a network is dynamic linear at inputs, or name the operations that are not.
 
-    The work is done by a copy of the network in float64.
+    The work is done by a copy of the network in float64, whose casts to float32 are left out.
 
     Args:
         model: A network in evaluation mode.
@@ -98,8 +99,34 @@ def audit(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
     layers = (from_layer, to_layer)
     network, inputs = copy.deepcopy(original).double(), x.double() if x.is_floating_point() else x
+    with _DoublePrecision():
+        return _audited(network, inputs, target, layers, products)
+
+
+class _DoublePrecision(TorchFunctionMode):
+    """Casts to single precision, as some norms have, leave double precision as it is."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        if func in (Tensor.float, Tensor.to, Tensor.type) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(map(_not_single, args))
+            keywords = {name: _not_single(value) for name, value in keywords.items()}
+        return func(*args, **keywords)
+
+
+def _not_single(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _audited(
+    network: nn.Module, inputs: Tensor, target: Target, layers: Layers, products: ProductPolicy
+) -> AuditReport:
     mode = LocatingMode(network, products)
-    with untouched(x.device), mode:
+    with untouched(inputs.device), mode:
         _, output = run_between(network, inputs, entry(mode), *layers)
         offenders = (*violations(output, mode), *mode.unseen)
     offenders += tuple(_interacting(network, inputs))
@@ -107,6 +134,7 @@ def audit(
     numeric = weights_gradient(network, inputs, layers, products=products)
     if offenders:
         return AuditReport(offenders, forward, numeric, float("nan"), {}, products)
+    from_layer, to_layer = layers
     explanation = explain(
         network, inputs, target, from_layer=from_layer, to_layer=to_layer, products=products, shares=True
     )

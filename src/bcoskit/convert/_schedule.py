@@ -28,8 +28,8 @@ def set_b(model: nn.Module, b: float) -> nn.Module:
     Raises:
         ValueError: If `b` is out of its range, or the network has no B-cos layer.
     """
-    if not 1 <= b < float("inf"):
-        raise ValueError(f"`b` (={b}) must be a finite exponent of at least 1")
+    if not isinstance(b, (int, float)) or not 1 <= b < float("inf"):
+        raise ValueError(f"`b` (={b!r}) must be a finite exponent of at least 1")
     layers = _layers_of(model)
     if not layers:
         raise ValueError("`model` has no B-cos layer whose exponent could be set")

@@ -161,7 +161,10 @@ def _label_column(schema: "pa.Schema", path: Path) -> str:
     # By name only: a sole column of integers or strings may well be an identifier or a caption.
     known = [name for name in _LABEL_COLUMNS if name in schema.names]
     if len(known) != 1:
-        raise ImageError(f"{path}: give `label_column`, it cannot be told among the columns {schema.names}")
+        raise ImageError(
+            f"{path}: the labels cannot be told among the columns {schema.names}: name theirs 'label', or give "
+            "`label_column` in Python"
+        )
     return known[0]
 
 
