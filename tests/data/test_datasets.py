@@ -128,7 +128,7 @@ class TestParquetImages:
             ParquetImages(two)
         assert len(ParquetImages(two, image_column="left")) == 1
         unnamed = write(tmp_path / "unnamed.parquet", {"img": images, "id": [0], "mask": images})
-        with pytest.raises(ImageError, match=r"give `label_column`.*'img', 'id', 'mask'"):
+        with pytest.raises(ImageError, match=r"'img', 'id', 'mask'.*name theirs 'label', or give `label_column`"):
             ParquetImages(unnamed)
         assert len(ParquetImages(unnamed, label_column="id")) == 1
         with pytest.raises(ImageError, match=r"no column 'photo' among its columns \['left'"):
