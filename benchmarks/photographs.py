@@ -141,6 +141,13 @@ def report() -> None:
             last = rows[-1]
             figures = f"{100 * last['agreement']:.1f} | {100 * last['accuracy']:.1f}"
             lines.append(f"| {way} | {last['images']:.0f} | {figures} |")
+        gradual = [settings[way]["gradual"] for way in curves if settings[way]["gradual"]]
+        if gradual:
+            lines += [
+                "",
+                f"`gradual` moves exponents and biases in the first {100 * gradual[0]:.0f} % of its run: what is measured "
+                "there is a network on its way, which only then has exponent 2 and no biases, and begins to learn so.",
+            ]
         lines += ["", "![Curves](photographs.png)"]
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, layout="constrained")
         for way, rows in curves.items():
