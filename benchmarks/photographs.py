@@ -145,8 +145,9 @@ def report() -> None:
         if gradual:
             lines += [
                 "",
-                f"`gradual` moves exponents and biases in the first {100 * gradual[0]:.0f} % of its run: what is measured "
-                "there is a network on its way, which only then has exponent 2 and no biases, and begins to learn so.",
+                f"`gradual` moves exponents and biases in the first {100 * gradual[0]:.0f} % of its run: what is "
+                "measured there is a network on its way, which only then has exponent 2 and no biases, and begins to "
+                "learn so.",
             ]
         lines += ["", "![Curves](photographs.png)"]
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, layout="constrained")
