@@ -103,6 +103,7 @@ def test_autocast_within_the_network():
 
     with pytest.raises(NotLinearError, match="half precision"):
         bcoskit.explain(Coded(cast).eval(), torch.rand(2, 4), 0)
+    assert ["half precision" in str(each) for each in audited(cast).offenders] == [True]
 
 
 def test_the_share_of_a_threshold():

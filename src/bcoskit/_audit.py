@@ -6,16 +6,16 @@ of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plu
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bcoskit._checks import check_inputs, untouched
+from bcoskit._double import DoublePrecision
 from bcoskit._explain import explain
 from bcoskit._layers import run_between, uncompiled
 from bcoskit._linear_map import Layers, entry
@@ -99,27 +99,8 @@ def audit(
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
     layers = (from_layer, to_layer)
     network, inputs = copy.deepcopy(original).double(), x.double() if x.is_floating_point() else x
-    with _DoublePrecision():
+    with DoublePrecision():
         return _audited(network, inputs, target, layers, products)
-
-
-class _DoublePrecision(TorchFunctionMode):
-    """Casts to single precision, as some norms have, leave double precision as it is."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        keywords = kwargs or {}
-        if func in (Tensor.float, Tensor.to, Tensor.type) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = tuple(map(_not_single, args))
-            keywords = {name: _not_single(value) for name, value in keywords.items()}
-        return func(*args, **keywords)
-
-
-def _not_single(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 def _audited(

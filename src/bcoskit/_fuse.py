@@ -56,10 +56,11 @@ def fuse(model: _Model) -> _Model:
     if learnable:
         raise ValueError(f"`model` has a learnable exponent in {learnable[0]!r}, which cannot be folded")
     with torch.no_grad():
-        foldable = _foldable_layers(fused)
-        for layer in foldable:
+        plain, in_one_place = _foldable_layers(fused), _in_one_place(fused)
+        for layer in plain:
             _fold_unit_norm(layer)
-        _fold_norms(fused, foldable, _in_one_place(fused))
+        foldable = plain & in_one_place
+        _fold_norms(fused, foldable, in_one_place)
         for module in fused.modules():
             _fold_known(module, foldable)
     setattr(fused, "fused", True)  # noqa: B010 - what `save_model` asks for
@@ -139,7 +140,7 @@ def _fold_norms(module: nn.Module, foldable: set[nn.Module], in_one_place: set[n
         path, layer_path = str(node.target), str(before.target)
         if uses[path] == uses[layer_path] == 1:
             norm, layer = module.get_submodule(path), module.get_submodule(layer_path)
-            if layer in foldable and {layer, norm} <= in_one_place and _fits(layer, norm):
+            if layer in foldable and norm in in_one_place and _fits(layer, norm):
                 _fold_norm(layer, norm)
                 module.set_submodule(path, nn.Identity().eval())
 

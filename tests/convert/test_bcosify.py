@@ -367,6 +367,29 @@ class TestWhatWouldBeSilentlyWrong:
         model = shaken(Reading(lambda m, x: {"logits": [m.rest(m.conv(x)), x.mean()]}))
         assert isinstance(bcosify(model, EXACT), PairedInput)
 
+    def test_a_last_layer_of_zeros_hides_nothing(self):
+        model = shaken(Reading(lambda m, x: m.rest(m.conv(x) + x[:, -1:])))
+        nn.init.zeros_(model.rest[-1].weight)
+        assert isinstance(bcosify(model, EXACT), PairedInput)
+        model = shaken(Reading(lambda m, x: m.rest(m.conv(x))))
+        nn.init.zeros_(model.rest[-1].weight)
+        assert isinstance(bcosify(model, EXACT), Reading)
+
+    def test_hooks_of_a_layer_that_a_rule_puts_into_another(self):
+        model, x = shaken(small(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))), torch.rand(2, 3, 16, 16)
+        calls = []
+        model[2].register_forward_hook(lambda *_: calls.append(None))
+        rule = Rule((nn.ReLU,), lambda old, *_: nn.Sequential(old))
+        converted = bcosify(model, EXACT, rules=[rule])
+        calls.clear()
+        converted(pairs(x))
+        assert len(calls) == 1
+
+    def test_buffers_that_cannot_be_written(self):
+        model = small(nn.Conv2d(3, 8, 3))
+        model.register_buffer("wide", torch.zeros(1).expand(4))
+        assert isinstance(bcosify(model.eval()), nn.Sequential)
+
     @pytest.mark.parametrize("skip", [(), ("0",)])
     def test_first_layers_that_no_rule_knows(self, skip):
         first = std_conv.StdConv2d(3, 8, 3) if skip else Normalizing(3, 8, 3)
@@ -546,6 +569,10 @@ class TestRefusals:
 
     def test_what_cannot_be_copied(self):
         model = small(prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3))
+        with pytest.raises(ValueError, match="makes its weight anew"):
+            bcosify(model)
+        model = small(nn.Conv2d(3, 8, 3))
+        model.kept = 2 * model[0].weight
         with pytest.raises(ValueError, match="cannot be copied"):
             bcosify(model)
 

@@ -419,3 +419,27 @@ def test_class_names_are_names(tmp_path):
 
     with pytest.raises(ImageError, match="image 0: an image of 4x4"):
         ImageDataset([image], [0], ["a"], elongated)[0]
+
+
+class TestMatching:
+    def images(self, classes, labels):
+        return ImageDataset([png(7)] * len(labels), labels, classes)
+
+    def test_by_name(self):
+        dataset = self.images(("b", "c"), [0, 1])
+        dataset.match(("a", "b", "c"))
+        assert (dataset.labels.tolist(), dataset.classes) == ([1, 2], ("a", "b", "c"))
+        several = self.images(("b", "c"), [[1, 0], [1, 1]])
+        several.match(("a", "b", "c"))
+        assert several.labels.tolist() == [[0, 1, 0], [0, 1, 1]]
+
+    def test_by_place(self):
+        for names in (("x", "y", "z"), ("x", "b", "z"), ("a", "b", "c")):
+            dataset = self.images(names, [0, 2])
+            dataset.match(("a", "b", "c"))
+            assert (dataset.labels.tolist(), dataset.classes) == ([0, 2], names)
+
+    @pytest.mark.parametrize("names", [("a", "b", "x"), ("b", "x", "y"), ("a", "x"), ("a", "b", "c", "d")])
+    def test_what_cannot_be_told(self, names):
+        with pytest.raises(ValueError, match="classes, the network 3"):
+            self.images(names, [0]).match(("a", "b", "c"))

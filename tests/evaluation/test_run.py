@@ -441,10 +441,41 @@ def test_functions_are_told_apart_by_what_they_hold(tmp_path):
 def test_a_rejected_run_leaves_its_folder_free(tmp_path):
     with pytest.raises(ValueError, match="`count`"):
         evaluate(patches(), images(), (GridPointing(grid=2, count=500),), out=tmp_path)
+    predictions = list((tmp_path / "parts").glob("accuracy*/*.json"))
+    written = [file.stat().st_mtime_ns for file in predictions]
     results = evaluate(patches(), images(), (GridPointing(grid=2, count=2),), out=tmp_path)
     assert len(results[1].rows) == 2 * 4
+    assert [file.stat().st_mtime_ns for file in predictions] == written != []
     with pytest.raises(ValueError, match="holds a run already"):
         evaluate(patches(), images(), (GridPointing(grid=2, count=3),), out=tmp_path)
+
+
+def test_a_run_that_is_cut_off_at_its_predictions_is_not_rejected(tmp_path):
+    def stop(*_):
+        raise Interrupted
+
+    metrics = (GridPointing(grid=2, count=2),)
+    with pytest.raises(Interrupted):
+        evaluate(patches(), images(), metrics, out=tmp_path, progress=stop)
+    with pytest.raises(ValueError, match="holds a run already"):
+        evaluate(patches(), images(), metrics, out=tmp_path)
+    with pytest.raises(ValueError, match="`metrics`"):
+        evaluate(patches(), images(), (GridPointing(grid=2, count=3),), out=tmp_path, resume=True)
+
+
+def test_items_with_more_parts(tmp_path):
+    data = [(x, label, f"{index}.png" if index else None) for index, (x, label) in enumerate(images())]
+    metrics = (Perturbation("deletion", steps=2, count=3),)
+    first = evaluate(patches(), data, metrics, out=tmp_path)
+    assert rows_of(evaluate(patches(), data, metrics, out=tmp_path, resume=True)) == rows_of(first)
+
+
+def test_a_function_that_calls_itself(tmp_path):
+    def method(model, x, target):
+        return torch.zeros_like(x[:, 0]) if len(x) else method(model, x, target)
+
+    metrics = (Perturbation("deletion", steps=2, count=3),)
+    assert evaluate(patches(), images(), metrics, (method,), out=tmp_path)[1].rows
 
 
 def test_a_function_by_the_name_of_a_method(tmp_path):

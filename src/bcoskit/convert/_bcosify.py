@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bcoskit._double import DoublePrecision
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._input import PairedInput, normalization, widen, with_constants
 from bcoskit.convert._probe import Probe, probe, probe_any
@@ -72,6 +74,7 @@ def bcosify(
         try:
             copied = copy.deepcopy(model)
         except RuntimeError as error:  # of weights that are made anew before each call, as by pruning
+            _refuse(model, tuple(skip))
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(f"`model` cannot be copied, give `inplace=True` or mend this: {reason}") from error
         return _around(copied, config, tuple(rules), tuple(skip), example)
@@ -168,7 +171,7 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
     for path, module in model.named_modules():
         if _is_skipped(path, skip):
             continue
-        if {"weight_g", "weight_orig"} & set(module._parameters):
+        if module._forward_pre_hooks and {"weight_g", "weight_orig"} & set(module._parameters):
             raise ValueError(
                 f"the module {path!r} makes its weight anew before each call (weight norm, spectral norm, pruning): "
                 "remove that first"
@@ -253,8 +256,10 @@ def _take_place(new: nn.Module, old: nn.Module) -> None:
     for part in new.modules():
         if part not in kept:
             part.training = old.training
+    if old in set(new.modules()):  # it goes on being called, with its hooks
+        return
     for name in _HOOKS:
-        vars(new)[name] = vars(old)[name]
+        vars(new)[name] = vars(new)[name] or vars(old)[name]
 
 
 def _with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> nn.Module:
@@ -289,7 +294,8 @@ def _widened(root: nn.Module, readers: list[str], normalize: Normalize, example:
         if _TOLERANCE < difference < _ROUNDING:  # by rounding, which a deep network lets grow?
             _restore(before)
             double = copy.deepcopy(root).double()
-            difference = _difference_of_widening(double, readers, normalize, pair.double())
+            with DoublePrecision():
+                difference = _difference_of_widening(double, readers, normalize, pair.double())
             widen(root, readers, normalize)
     except Exception:  # whatever the code around the first layer says to more channels
         return False
@@ -297,21 +303,32 @@ def _widened(root: nn.Module, readers: list[str], normalize: Normalize, example:
 
 
 def _difference_of_widening(root: nn.Module, readers: list[str], normalize: Normalize, pair: Tensor) -> float:
-    """Widen, and compare all outputs, relative to the largest of each.
+    """Widen, and compare all outputs, relative to the largest of each; 0 if they are not finite, and tell nothing.
 
-    With exponent 1 and raw filters: by others the pair has another cosine than the image.
+    With exponent 1 and raw filters: by others the pair has another cosine than the image. What a last layer of zeros
+    makes of all images alike is compared by the outputs of the layers instead.
     """
     image, complement = normalize(pair).chunk(2, 1)
+    image = (image - complement) / 2
     with _linear_layers(root):
-        expected = probe(root, (image - complement) / 2).outputs
+        expected = probe(root, image)
+        of_another = probe(root, -image).outputs
     widen(root, readers, normalize)
     with _linear_layers(root):
-        found = probe(root, pair).outputs
-    if [each.shape for each in found] != [each.shape for each in expected]:
+        found = probe(root, pair)
+    pairs = list(zip_longest(found.outputs, expected.outputs))
+    if all(map(torch.equal, expected.outputs, of_another)):
+        pairs += [(found.inner[path], each) for path, each in expected.inner.items() if path in found.inner]
+    return max((_difference(ours, theirs) for ours, theirs in pairs), default=0.0)
+
+
+def _difference(found: Tensor | None, expected: Tensor | None) -> float:
+    if found is None or expected is None or found.shape != expected.shape:
         return math.inf
-    pairs = [(ours.double(), theirs.double()) for ours, theirs in zip(found, expected, strict=True) if ours.numel()]
-    smallest = torch.finfo(torch.float64).tiny
-    return max((float((a - b).abs().max() / b.abs().max().clamp_min(smallest)) for a, b in pairs), default=0.0)
+    if not found.numel() or not bool(expected.isfinite().all()):
+        return 0.0
+    scale = expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((found.double() - expected.double()).abs().max() / scale)
 
 
 @contextmanager
@@ -414,14 +431,15 @@ def _moved(model: nn.Module, pool_path: str, last: str, example: Tensor, expecte
     """
     before = [(module, _contents(module)) for module in model.modules()]
     linear: Any = model.get_submodule(last)
-    if any(vars(layer)[name] for layer in (linear, model.get_submodule(pool_path)) for name in _HOOKS):
-        return False
     above = last.rpartition(".")[0]
+    flatten_path = f"{above}.flatten" if above else "flatten"
+    changed = (module for path, module in model.named_modules() if path in (last, pool_path, flatten_path))
+    if any(vars(module)[name] for module in changed for name in _HOOKS):
+        return False
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
     conv.weight = nn.Parameter(linear.weight.detach()[..., None, None], linear.weight.requires_grad)
     conv.bias = linear.bias
     head = nn.Sequential(OrderedDict(conv=conv, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(-3)))
-    flatten_path = f"{above}.flatten" if above else "flatten"
     same: bool | None = False
     try:
         if any(path == flatten_path for path, _ in model.named_modules()):

@@ -23,6 +23,7 @@ class Probe:
         example: The input.
         output: The network's output, if it is one tensor.
         outputs: All tensors of the network's output, in their order.
+        inner: The last output of each layer that is one tensor, by its path.
         readers: Paths of the layers that read the input itself.
         last: Path of the layer whose output is the network's.
         called: Paths of the modules that were called.
@@ -31,6 +32,7 @@ class Probe:
     example: Tensor
     output: Tensor | None
     outputs: tuple[Tensor, ...]
+    inner: Mapping[str, Tensor]
     readers: tuple[str, ...]
     last: str | None
     called: frozenset[str]
@@ -65,7 +67,9 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
     last = None
     if output is not None:
         last = next((path for path, found in reversed(outputs.items()) if found is output), None)
-    return Probe(example, output, tuple(_tensors(result)), tuple(dict.fromkeys(readers)), last, frozenset(called))
+    return Probe(
+        example, output, tuple(_tensors(result)), outputs, tuple(dict.fromkeys(readers)), last, frozenset(called)
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -86,7 +90,8 @@ def _is_same(tensor: Tensor, example: Tensor) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; modes, buffers and torch's random state as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    tables = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     state = torch.get_rng_state()
     try:
         for module in training:
@@ -95,10 +100,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
-        for buffer, before in buffers:
-            buffer.copy_(before)
         for module in training:
             module.training = True
+        for module, table in tables:
+            module._buffers.update(table)
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class NoSplitError(ImageError):
+    """A folder in which no split of a dataset is found."""
+
+
 def folder(path: str | os.PathLike[str], transform: Transform | None = None) -> ImageDataset:
     """Labelled images in one folder per class; the folders' names, sorted, are the classes.
 
@@ -36,7 +40,7 @@ def folder(path: str | os.PathLike[str], transform: Transform | None = None) -> 
     names = (entry.name for entry in root.iterdir() if entry.is_dir())
     classes = sorted(name for name in names if not name.startswith("."))
     if not classes:
-        raise ImageError(f"{root}: holds no class folders (expected one folder of images per class)")
+        raise NoSplitError(f"{root}: holds no class folders (expected one folder of images per class)")
     if SPLIT_NAMES.issuperset(classes):
         raise ImageError(f"{root}: its folders {classes} are splits, not classes: open one of them")
     found = [(image, label) for label, name in enumerate(classes) for image in find_images([root / name])]
@@ -80,10 +84,6 @@ def cifar10(
             raise ImageError(f"{root}: {failure}: give `path`, {expected}") from error
         raise ImageError(f"{root}: holds no CIFAR-10: give `path`, {expected}, or `download=True`") from error
     return ImageDataset(_PixelArrays(original.data), original.targets, original.classes, transform)
-
-
-class NoSplitError(ImageError):
-    """A folder in which no split of a dataset is found."""
 
 
 def open_dataset(

@@ -70,7 +70,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
     def match(self, classes: Sequence[str]) -> None:
         """Bring the labels into the order of a network's classes, by name where names are known.
 
-        Names of which the network has none, and as many as it has classes, are taken for these in their order.
+        As many other names as the network has classes are taken for these in their order, as of a dataset that names
+        them in another way: then fewer than half of the names may be the same, each in its place.
 
         Args:
             classes: Names of the network's classes.
@@ -84,7 +85,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
         if len(mine) > len(theirs):
             raise ValueError(f"has {len(mine)} classes, the network {len(theirs)}")
         unknown = [name for name in mine if name not in theirs]
-        if len(unknown) == len(mine) == len(theirs):
+        in_place = all(theirs[place] == name for place, name in enumerate(mine) if name in theirs)
+        if len(mine) == len(theirs) and in_place and 2 * len(unknown) > len(mine):
             return
         if unknown:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from bcoskit.dynamic._mode import (
 from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
+_IN_HALF_PRECISION = "computes in half precision, in which W(x) is not exact"
 
 
 _REGISTER = "replace it, or register what is to be frozen in it with `bcoskit.rule`"
@@ -152,7 +153,7 @@ def _fault(node: Any, marked: bool) -> str | None:
     if kind in ("IndexReduce", "ScatterReduce") and node._saved_reduce == "prod":
         return "multiplies entries that depend on the input"
     if kind == "ToCopy" and node._input_metadata[0].dtype in (torch.float16, torch.bfloat16):
-        return "computes in half precision, in which W(x) is not exact" if node_depends_on_input(node, marked) else None
+        return _IN_HALF_PRECISION if node_depends_on_input(node, marked) else None
     if kind == "Abs" and node._saved_self.is_complex():
         return "is not known to be linear in the input" if node_depends_on_input(node, marked) else None
     if kind in _LINEAR:
@@ -200,6 +201,7 @@ class LocatingMode(ExplanationMode):
         # What was computed from the input without a gradient path: kept, so that no other tensor takes its address.
         self._derived: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
+        self._has_autocast = False
 
     def __enter__(self) -> "LocatingMode":
         super().__enter__()
@@ -226,6 +228,7 @@ class LocatingMode(ExplanationMode):
         if name in _READS and from_input:
             reason = "is read by Python, which decides by a value of the input: the decision is no part of the map"
             self.unseen.append(Violation("read", name_of(func), *self._places.here(), reason))
+        self._note_autocast(given if from_input else [])
         try:
             output = super()._apply(func, args, kwargs)
         except NotLinearError as error:
@@ -236,6 +239,12 @@ class LocatingMode(ExplanationMode):
             changed += [tensor._base for tensor in changed if tensor._base is not None]
             self._derived |= {id(tensor): tensor for tensor in changed if not tensor.requires_grad}
         return output
+
+    def _note_autocast(self, given: Sequence[Tensor]) -> None:
+        """Note the first operation that the network has computed in half precision, where double precision is not."""
+        if any(torch.is_autocast_enabled(tensor.device.type) for tensor in given) and not self._has_autocast:
+            self._has_autocast = True
+            self.unseen.append(Violation("autocast", "torch.autocast", *self._places.here(), _IN_HALF_PRECISION))
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the operation, and mark the nodes that it has added to the graph."""

@@ -1,5 +1,6 @@
 """Where in a network an operation is called: file, line, and the path of the module."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_TORCH = str(Path(torch.__file__).parent)
-_TORCH_LAYERS = str(Path(nn.__file__).parent / "modules")
-_OURS = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_TORCH_LAYERS = str(Path(nn.__file__).parent / "modules") + os.sep
+_OURS = str(Path(__file__).parent) + os.sep
 _RUNNER = str(Path(__file__).parents[1] / "_layers.py")
 _NO_LAYERS = ("module.py", "container.py")
 

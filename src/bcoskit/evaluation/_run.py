@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from bcoskit.evaluation._methods import METHODS, name_of, resolve
 from bcoskit.evaluation._result import Failure, Result, Row
 
 SETTINGS, PARTS = "settings.json", "parts"
+_REJECTED = "rejected"  # in the settings of a run that ended at its predictions, since its metrics do not fit them
 _IMAGES_OF_ACCURACY = 512  # in one part
 _SAMPLED = 16  # images that tell datasets apart
 
@@ -111,7 +113,11 @@ def evaluate(
     results = [_worked(first, model, dataset, progress)]
     for metric in wanted:
         for method in methods if metric.needs_method else (None,):
-            job = _job(metric, method, model, dataset, results[0].rows, out, batch_size)
+            try:
+                job = _job(metric, method, model, dataset, results[0].rows, out, batch_size)
+            except ValueError:  # such as too few images for so many grids
+                _reject(out)
+                raise
             results.append(_worked(job, model, dataset, progress))
     return results
 
@@ -126,15 +132,14 @@ def _digests_of(dataset: Any) -> dict[str, Any]:
     if labels is not None:
         digests["labels"] = _sha(torch.as_tensor(labels).to(torch.int64).cpu().numpy().tobytes())
     if regions is not None:
-        digests["regions"] = _sha(*(_bytes_of(torch.as_tensor(region)) for region in regions))
+        digests["regions"] = _sha(*map(_value_bytes, regions))
     for index in sorted({round(place * (len(dataset) - 1) / _SAMPLED) for place in range(_SAMPLED + 1)}):
         try:
-            x, label, *region = item_of(dataset, index)
+            x, label, *others = item_of(dataset, index)
         except ValueError:
             digests[f"item {index}"] = None
         else:
-            parts = (x, *(torch.as_tensor(each) for each in region))
-            digests[f"item {index}"] = _sha(str(label).encode(), *map(_bytes_of, parts))
+            digests[f"item {index}"] = _sha(*map(_value_bytes, (x, label, *others)))
     return digests
 
 
@@ -163,28 +168,34 @@ def _identity(method: Any) -> str:
     return f"{name_of(method)} {_sha(_function_bytes(inner), *map(_value_bytes, held))[:8]}"
 
 
-def _function_bytes(function: Any) -> bytes:
+def _function_bytes(function: Any, callers: tuple[Any, ...] = ()) -> bytes:
+    if function in callers:  # it calls itself
+        return b"itself"
     # A cell may be empty, of a name that is not assigned yet.
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    values = (*cells, function.__defaults__, function.__kwdefaults__)
-    return _code_bytes(function.__code__) + b"".join(map(_value_bytes, values))
+    held = (*cells, function.__defaults__, function.__kwdefaults__)
+    return _code_bytes(function.__code__) + _value_bytes(held, (*callers, function))
 
 
 def _code_bytes(code: CodeType) -> bytes:
-    constants = (_code_bytes(each) if isinstance(each, CodeType) else repr(each).encode() for each in code.co_consts)
+    constants = (_code_bytes(each) if isinstance(each, CodeType) else _value_bytes(each) for each in code.co_consts)
     return code.co_code + repr(code.co_names).encode() + b"".join(constants)
 
 
-def _value_bytes(value: Any) -> bytes:
+def _value_bytes(value: Any, callers: tuple[Any, ...] = ()) -> bytes:
     """Of a value, the same in every process; of objects that have no such bytes, those of their type."""
     if isinstance(value, Tensor):
         return _bytes_of(value)
+    if isinstance(value, np.ndarray):
+        return f"{value.shape} {value.dtype}".encode() + value.tobytes()
     if isinstance(value, (list, tuple)):
-        return b"(" + b",".join(map(_value_bytes, value)) + b")"
+        return b"(" + b",".join(_value_bytes(each, callers) for each in value) + b")"
+    if isinstance(value, (set, frozenset)):
+        return b"{" + b",".join(sorted(_value_bytes(each, callers) for each in value)) + b"}"
     if isinstance(value, dict):
-        return _value_bytes(list(value.items()))
+        return _value_bytes(list(value.items()), callers)
     if isinstance(value, FunctionType):
-        return _function_bytes(value)
+        return _function_bytes(value, callers)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return repr(value).encode()
     return type(value).__qualname__.encode()
@@ -196,13 +207,13 @@ def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
     now = json.loads(json.dumps(settings, default=_plain))
     if file.exists():
         before = _settings_before(file)
-        rejected = processes == 1 and _is_rejected(before, parts)
+        rejected = processes == 1 and before.get(_REJECTED, False)
         if not resume and processes == 1 and not rejected:
             raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
         changed = [key for key in now if not _agree(before.get(key), now[key])]
-        if changed and rejected:
+        if rejected and {*changed} - {"metrics", "methods", "batch_size"}:  # its predictions are others
             shutil.rmtree(parts, ignore_errors=True)
-        elif changed:
+        elif changed and not rejected:
             raise ValueError(
                 f"`{changed[0]}` (={now[changed[0]]}) is not that of the run in {out}; resume it with the same "
                 "settings, or choose another folder"
@@ -226,11 +237,11 @@ def _settings_before(file: Path) -> dict[str, Any]:
     return before if isinstance(before, dict) else {}
 
 
-def _is_rejected(before: dict[str, Any], parts: Path) -> bool:
-    """Whether a run has ended at its predictions, as one does for which there are too few images."""
-    return bool(before.get("metrics")) and not any(
-        True for part in parts.glob("*/*.json") if not part.parent.name.startswith(f"{Accuracy.name}-")
-    )
+def _reject(out: Path) -> None:
+    """Leave the folder of a run that has measured nothing but its predictions to one with other settings."""
+    _, processes = share()
+    if processes == 1 and all(part.parent.name.startswith(Accuracy.name) for part in (out / PARTS).glob("*/*.json")):
+        write_text(out / SETTINGS, json.dumps(_settings_before(out / SETTINGS) | {_REJECTED: True}, indent=2) + "\n")
 
 
 def _agree(before: Any, now: Any) -> bool:
