@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bcoskit._explain import explain
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
-from bcoskit.evaluation._methods import METHODS, attribute
+from bcoskit.evaluation._methods import METHODS, attribute, resolve
 from bcoskit.evaluation._result import Result, Row
 
 
@@ -243,7 +243,7 @@ class Completeness(DrawnImages):
     def measure(self, model: nn.Module, dataset: Any, units: Sequence[int], method: Any) -> list[list[Row]]:
         """Logit, constant, sum and what is left of some images."""
         x, target = inputs_and_targets(model, dataset, units, self.explained)
-        if (isinstance(method, str) and method == "bcos") or method is METHODS["bcos"]:
+        if resolve(method) is METHODS["bcos"]:
             found = explain(model, x, target, shares=True)
             assert found.shares is not None
             logit, total = found.value, found.value - found.bias

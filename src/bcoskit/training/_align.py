@@ -319,11 +319,10 @@ def _splits(
         splits = [ImageDataset(part, [0] * len(part), ("image",), view) for part in (learnt, files[::_EVERY])]
         has_labels = False
     else:
-        has_labels = len(splits[1].classes) <= len(classes) and not splits[1].multi_label
-        if has_labels:
-            try:
-                splits[1].match(classes)
-            except ValueError:  # they are of other classes
-                has_labels = False
+        has_labels = not splits[1].multi_label
+        try:
+            splits[1].match(classes)
+        except ValueError:  # they are of other classes
+            has_labels = False
     train_images = loaded(splits[0], "train", unreadable)
     return train_images, loaded(splits[1], "test", unreadable), has_labels

@@ -37,11 +37,7 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
         if (out / MODEL).exists():
             raise ValueError(f"`out` (={str(out)!r}) holds a trained model, and no checkpoint; choose another folder")
         return {}
-    try:
-        whole = _is_whole(checkpoint)
-        parts = set(torch.load(checkpoint, map_location="cpu", weights_only=True).keys()) if whole else set[str]()
-    except Exception as error:  # damaged files are answered with nearly every kind of exception
-        raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed") from error
+    parts = _parts_of(checkpoint)
     if not parts:
         raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed")
     if not parts >= {"state_dict", "optimizer_states", "lr_schedulers", "loops"}:
@@ -55,10 +51,15 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
     return before
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all parts of a file have the sums that torch has written, and does not compare."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        return archive.testzip() is None
+def _parts_of(checkpoint: Path) -> set[str]:
+    """The names of what a checkpoint holds; empty if it is damaged, or none."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            if archive.testzip() is not None:  # torch does not compare the sums that it writes
+                return set()
+        return set(torch.load(checkpoint, map_location="cpu", weights_only=True).keys())
+    except Exception:  # damaged files are answered with nearly every kind of exception
+        return set()
 
 
 def data_digest(images: InMemoryImages | StreamedImages) -> str:
