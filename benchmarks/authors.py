@@ -60,15 +60,15 @@ def authors_network(row: ModelRow, seed: int = 0, *, calibrated: bool = False) -
 
 def explanation(network: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]:
     """Logits and the row of W(x) of one class, by the authors' way."""
-    start = x.clone().requires_grad_()
-    if isinstance(network, BcosSequential) or hasattr(network, "explanation_mode"):
-        with network.explanation_mode():
-            logits = network(start)
-            logits[:, target].sum().backward()
-    else:
+    if not isinstance(network, BcosSequential) and not hasattr(network, "explanation_mode"):
         with torch.no_grad():
-            logits = network(start)
-    return logits.detach(), torch.zeros_like(x) if start.grad is None else start.grad
+            return network(x), torch.zeros_like(x)
+    start = x.clone().requires_grad_()
+    with network.explanation_mode():
+        logits = network(start)
+        # Not `backward`, which would compute gradients of all weights too.
+        (weights,) = torch.autograd.grad(logits[:, target].sum(), start)
+    return logits.detach(), weights
 
 
 def _network(row: ModelRow) -> nn.Module:
