@@ -5,6 +5,7 @@ import concurrent.futures
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bcoskit
 from bcoskit import _trust
@@ -81,6 +82,46 @@ def test_zeros_have_finite_derivatives_of_both_orders(layer):
     first = torch.autograd.grad(layer(x).sum(), (x, layer.weight), create_graph=True)
     second = torch.autograd.grad(sum(each.square().sum() for each in first), (x, layer.weight))
     assert all(bool(each.isfinite().all()) for each in (*first, *second))
+
+
+class Gradients(TorchDispatchMode):
+    """Which gradients of convolutions were computed: (of the input, of the weight) for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.computed.append(tuple(args[-1][:2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("behind_a_leaf", [True, False])
+def test_gradients_that_nobody_asks_for_are_not_computed(behind_a_leaf):
+    layers = nn.Sequential(BcosConv2d(4, 4, 1), BcosConv2d(4, 4, 1))
+    weights = [layer.weight for layer in layers]
+    x = torch.rand(2, 4, 5, 5).requires_grad_()
+    inputs = x if behind_a_leaf else x * 2
+    expected = torch.autograd.grad(layers(inputs).square().sum(), [inputs, *weights])
+    cases = {
+        "input": ([inputs], [(True, False)] * 2),
+        "first weight": ([weights[0]], [(True, False), (False, True)]),
+        "last weight": ([weights[1]], [(False, True)]),
+        "all": ([inputs, *weights], [(True, True)] * 2),
+    }
+    of = dict(zip(map(id, (inputs, *weights)), expected, strict=True))
+    for name, (wanted, computed) in cases.items():
+        loss = layers(inputs).square().sum()
+        with Gradients() as gradients:
+            found = torch.autograd.grad(loss, wanted)
+        assert gradients.computed == computed, name
+        for tensor, gradient in zip(wanted, found, strict=True):
+            torch.testing.assert_close(gradient, of[id(tensor)])
+    with Gradients() as gradients:
+        layers(inputs).square().sum().backward()
+    assert gradients.computed == [(True, True)] * 2
+    torch.testing.assert_close(weights[0].grad, expected[1])
 
 
 def kept_bytes(network, x):

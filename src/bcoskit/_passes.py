@@ -168,10 +168,20 @@ class _Scaled(torch.autograd.Function):
                 along.append(product.sum(parts.other_axes))
             torch.abs(out, out=into).mul_(of_patch).sqrt_().mul_(grad).mul_(twice)
         for_weight = None
-        if inverse is not None and ctx.needs_input_grad[2]:
+        if inverse is not None and _is_wanted(ctx, 2):
             factor = -2 * torch.stack(along).sum(0).flatten() * inverse.flatten()
             for_weight = (weight * inverse).mul_(factor.reshape(inverse.shape))
         return for_y, parts.joined(sums, reciprocal), for_weight, None
+
+
+def _is_wanted(ctx: Any, index: int) -> bool:
+    """Whether the backward pass that runs asks for a gradient: one of inputs alone needs none of weights."""
+    if not ctx.needs_input_grad[index]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # it is a leaf whose gradient `torch.autograd.grad` returns
+        return True
 
 
 def _scaled_backward(
@@ -235,7 +245,7 @@ class _Convolved(torch.autograd.Function):
         for_y, for_energy = gradients
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.arguments
-        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        needed = [_is_wanted(ctx, 0), _is_wanted(ctx, 1), False]
         zeros = [0] * len(stride)
         for_x, for_weight, _ = torch.ops.aten.convolution_backward(
             for_y, x, weight, None, stride, padding, dilation, False, zeros, groups, needed
