@@ -142,7 +142,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"target": "<img src=x onerror=alert(1)>"}, "there is no class '&lt;img src=x onerror=alert(1)&gt;'"),
+            ({"target": "<img src=x onerror=alert(1)>"}, "there is no class '<img src=x onerror=alert(1)>'"),
             ({"target": "10"}, "there is no class '10'"),
             ({"target": "cat", "versus": "cat"}, "'cat' cannot be explained against itself"),
             ({"data": "exe"}, "`data` (='exe') must be of: none, npz, safetensors"),
@@ -170,7 +170,7 @@ class TestRefusals:
         assert explained(client, CAT)["target"]["class"] == "cat"
 
     def test_methods_that_take_minutes(self, client):
-        for method in ("rise", "lime", "kernel_shap", "nothing"):
+        for method in ("rise", "lime", "kernel_shap", "nothing", None):
             with pytest.raises(AppError, match="must be of: bcos, grad_cam"):
                 client.predict(handle_file(str(CAT)), "cat", method, False, api_name="/compare")
 
@@ -184,7 +184,7 @@ class TestRefusals:
         assert "secret" not in str(caught.value)
         assert "/secret/path" in caplog.text
 
-    @pytest.mark.parametrize("path", [str(CAT), "/etc/hostname", "../secret.png", "http://127.0.0.1:1/x.png"])
+    @pytest.mark.parametrize("path", [str(CAT), "/etc/hostname", "../secret.png", "http://127.0.0.1:1/x.png", "\0"])
     def test_what_was_not_uploaded(self, server, path):
         image = {"path": path, "meta": {"_type": "gradio.FileData"}}
         for data in ([image, "", "", False, "none"], [None, image, "", False, "none"]):
@@ -201,6 +201,11 @@ class TestRefusals:
             answer = http.get(f"/gradio_api/call/explain/{asked['event_id']}").text
         assert answer.startswith("event: error")
         assert "give one image" in answer
+
+    @pytest.mark.parametrize("given", [{"content": b"x"}, {"data": {"files": "x"}}, {"files": {"image": b"x"}}])
+    def test_what_is_no_upload(self, server, given):
+        answer = httpx.post(f"{server.address}/gradio_api/upload", **given)
+        assert (answer.status_code, "a file of the form's field `files`" in answer.text) == (400, True)
 
     def test_too_many_bytes(self, server):
         def pieces():
@@ -295,11 +300,18 @@ class TestRefusals:
 
 
 class TestNothingIsKept:
+    @pytest.mark.parametrize("name", ["../../<b>hostile</b>.png", "CON.png", "..", "a" * 300, "%2e%2e/x", "x\\y.png"])
+    def test_no_path_has_a_name_of_a_users(self, server, name):
+        files = [("files", (name, CAT.read_bytes())), ("files", (name, b"text"))]
+        answer = httpx.post(f"{server.address}/gradio_api/upload", params={"upload_id": name}, files=files)
+        paths = [Path(path) for path in answer.json()]
+        assert [path.read_bytes() for path in paths] == [CAT.read_bytes(), b"text"]
+        assert all(re.fullmatch("[0-9a-f]{32}", path.name) and path in server.files() for path in paths)
+        assert not [path for path in server.files() if path.suffix]
+
     def test_uploads_go(self, server):
-        files = {"files": ("../../<b>hostile</b>.png", CAT.read_bytes())}
-        path = Path(httpx.post(f"{server.address}/gradio_api/upload", files=files).json()[0])
+        path = Path(httpx.post(f"{server.address}/gradio_api/upload", files={"files": CAT.read_bytes()}).json()[0])
         assert path in server.files()
-        assert "<" not in path.name
         page = make_page(server.service)
         page.upload_file_set.update(map(str, server.files()))
         assert page.delete_cache == (30, 300)
@@ -417,6 +429,13 @@ class TestTabs:
         assert "below 11" in tab.fire("examples", "click", *CONTROLS, index="x")
         assert "itself" in tab.fire("versus", "input", None, 3, 3, *CONTROLS)
         assert "nothing" in tab.fire("compare", "click", None, ["nothing"], 1)
+
+    def test_notes_are_text(self, server, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise ValueError("<b>&amp;")
+
+        monkeypatch.setattr(server.service, "read", refuse)
+        assert Tab(server).fire("examples", "click", *CONTROLS, index=3) == "&lt;b&gt;&amp;amp;"
 
 
 class TestCommand:

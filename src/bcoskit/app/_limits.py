@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bcoskit.app._keeper import Uploads
+from bcoskit.app._upload import UPLOAD
 
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -28,12 +29,11 @@ _READ = re.compile(
     r"|/gradio_api/((info|app_id|openapi\.json|startup-events|theme\.css|upload_progress)/?|queue/(data|status)"
     r"|heartbeat/[^/]+|call/(v2/)?(explain|compare)/[^/]+)"
 )
-_WRITTEN = re.compile(r"/gradio_api/(upload|queue/join|reset|cancel|call/(v2/)?(explain|compare))/?")
+_WRITTEN = re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|reset|cancel|call/(v2/)?(explain|compare))/?")
 _ALLOWED = {"GET": _READ, "HEAD": _READ, "POST": _WRITTEN}
 # By these a request would decide where Gradio thinks that the page is; the server reads those of a local proxy before.
 _DECIDED = re.compile(rb"x-forwarded-|x-gradio-server|forwarded$")
 _HOST = re.compile(r"((?P<name>[a-zA-Z0-9._-]+)|\[(?P<address>[0-9a-fA-F:.]+)\])(:[0-9]+)?")
-_UPLOAD = "/gradio_api/upload"
 _AROUND = 100_000  # bytes of a request besides the file that it may have
 
 
@@ -72,7 +72,7 @@ class Limits:
         if addresses is None or not addresses.fullmatch(scope["path"]):
             await _refuse(send, 403, "This address is not part of the page.")
             return
-        is_upload = scope["path"].rstrip("/") == _UPLOAD
+        is_upload = scope["path"] == UPLOAD
         most = self._max_bytes + _AROUND if is_upload else _AROUND
         if is_upload and self._uploads.full:
             await _refuse(send, 507, "There are too many images at once: try again in some minutes.")

@@ -103,23 +103,26 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What an event of the page does: an error becomes a note on the page, which stays as it is otherwise."""
+    """What an event of the page does: an error becomes a note on the page, which stays as it is otherwise.
+
+    Gradio shows notes as markup, in which nothing may be a user's.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except Exception as error:  # whatever it is, who has asked is told, and the server lives on
-            gr.Warning(_line(error), title=_FAILED)
+            gr.Warning(escape(_line(error), quote=False), title=_FAILED)
             return gr.skip()
 
     return call
 
 
 def _line(error: Exception) -> str:
-    """What an error says, without anything of a user's in its markup."""
+    """What an error says."""
     if isinstance(error, (ValueError, NotLinearError)):
-        return escape(str(error)[:600], quote=False)
+        return str(error)[:600]
     _LOGGER.error("a request has failed", exc_info=error)
     return f"the server has failed ({type(error).__name__}); its log says why"
 
@@ -354,7 +357,7 @@ def _add_api(service: ExplanationService) -> None:
         if index is None:
             raise ValueError("`target` must name a class")
         if method not in ("bcos", *METHODS):  # others take minutes, in which nobody else is answered
-            raise ValueError(f"`method` (={method[:60]!r}) must be of: bcos, {', '.join(METHODS)}")
+            raise ValueError(f"`method` (={str(method)[:60]!r}) must be of: bcos, {', '.join(METHODS)}")
         found = service.attribute(photograph, index, method, ordinary=ordinary)
         return {"shape": list(found.shape), "contributions": packed(found)}
 

@@ -22,6 +22,7 @@ from bcoskit.app._keeper import Keeper, Uploads
 from bcoskit.app._limits import Limits
 from bcoskit.app._page import asset, in_event_loop, make_page
 from bcoskit.app._service import ExplanationService
+from bcoskit.app._upload import UPLOAD, receiver
 
 _LOGGER = logging.getLogger("uvicorn.error")
 _UPLOADS = 20  # of the largest size that are kept at once
@@ -76,7 +77,7 @@ def web_app(
 
     Args:
         service: What explains.
-        folder: Where Gradio writes uploads, `GRADIO_TEMP_DIR`.
+        folder: Where uploads go, and Gradio's other files: `GRADIO_TEMP_DIR`.
         host: The address.
         allowed_hosts: As of `serve`.
     """
@@ -93,6 +94,7 @@ def web_app(
     app = fastapi.FastAPI(openapi_url=None, lifespan=kept)
     names = ("localhost", host, socket.gethostname())
     app.add_middleware(Limits, max_bytes=service.max_bytes, uploads=uploads, names=names, proxies=tuple(allowed_hosts))
+    app.post(UPLOAD)(receiver(folder))  # comes before Gradio's own
     gr.mount_gradio_app(
         app,
         make_page(service),
