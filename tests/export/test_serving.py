@@ -133,7 +133,8 @@ def test_server_refuses(port):
 
 def test_server_refuses_what_would_be_huge(port):
     Image.new("1", (8000, 8000)).save(file := io.BytesIO(), format="PNG")
-    assert post(port, file.getvalue())[0] == 400
+    status, content = post(port, file.getvalue())
+    assert (status, "more than 50000000 pixels" in content["error"]) == (400, True)
     Image.new("1", (1, 300_000)).save(file := io.BytesIO(), format="PNG")
     assert post(port, file.getvalue())[0] == 400
 
