@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import bcoskit
@@ -56,6 +57,13 @@ def converted(_monkeypatch):
     return bcoskit.bcosify(calibrated(network, 3), bcoskit.BcosConfig.preset("v1")), "bcos"
 
 
+def channels_last(_monkeypatch):
+    """Channels lie last in memory where they are pooled, as in the ConvNeXts of timm."""
+    along, back = torchvision.ops.Permute([0, 2, 3, 1]), torchvision.ops.Permute([0, 3, 1, 2])
+    layers = [nn.Conv2d(3, 8, 4, 4), along, nn.Linear(8, 8), nn.ReLU(), back, nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5)).eval(), "normalized"
+
+
 NETWORKS = {
     "resnet": named(resnet, "resnet18.bcos_v2_in1k", ((1, 1, 1, 1), 1, 64, timm.models.resnet.BasicBlock)),
     "densenet": named(densenet, "densenet121.bcos_v2_in1k", (8, (2, 1))),
@@ -63,6 +71,7 @@ NETWORKS = {
     "vit": named(vit, "simple_vit_ti_patch16_224.bcos_v2_in1k", (32, 2, 1, ())),
     "vgg": vgg,
     "converted": converted,
+    "channels_last": channels_last,
 }
 
 

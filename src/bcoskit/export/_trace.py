@@ -5,9 +5,11 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +85,12 @@ def trace_explanation(
         A graph of images (N, *shape) and class indices (N,), -1 for the prediction, which returns logits (N, K),
         contributions (N, H, W), and perhaps W(x). N is `batch`.
     """
-    program = explanation_program(model, products)
+
+    def contiguous(x: Tensor) -> Tensor:
+        with _ContiguousPools():
+            return model(x)
+
+    program = explanation_program(contiguous, products)
 
     def run(image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         def chosen(logits: Tensor) -> Tensor:
@@ -100,6 +107,15 @@ def trace_explanation(
         arguments = torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
     tracer: Any = make_fx(run, decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     return _simplified(tracer(*arguments)).eval()
+
+
+class _ContiguousPools(TorchFunctionMode):
+    """Pools see contiguous maps: where channels lie last in memory torch writes strides, which no runtime has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.adaptive_avg_pool2d:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _simplified(graph_module: fx.GraphModule) -> fx.GraphModule:
