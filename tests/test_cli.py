@@ -142,6 +142,7 @@ class TestExport:
             ("HTTP://host.org/w.safetensors", "http://host.org/w.safetensors"),
             ("/home/me/w.safetensors", "w.safetensors"),
             ("~/https:/w.safetensors", "w.safetensors"),
+            ("caf\udce9/w\udce9.safetensors", "w\N{REPLACEMENT CHARACTER}.safetensors"),  # as Linux lets files be named
         ],
     )
     def test_secrets_stay_out_of_the_file(self, weights, source, place, monkeypatch):

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from bcoskit._text import printable
 from bcoskit.dynamic import ProductPolicy
 from bcoskit.export import export_onnx
 from bcoskit.models import Network, create_model, list_models, model_row
@@ -52,7 +53,7 @@ def _card(network: Network, model: str, weights: str | None) -> dict[str, str]:
     if weights is not None:
         return {"source": _without_secrets(weights)}
     if model not in list_models():
-        return {"source": Path(model).name}
+        return {"source": printable(Path(model).name)}
     checkpoint = model_row(network.name).checkpoint
     if checkpoint is None:
         return {}
@@ -65,6 +66,6 @@ def _card(network: Network, model: str, weights: str | None) -> dict[str, str]:
 def _without_secrets(weights: str) -> str:
     """Of a path the file's name, of a URL neither user, password nor query: the file may be published."""
     if not weights.lower().startswith(("https://", "http://")):
-        return Path(weights).name
+        return printable(Path(weights).name)
     url = urlsplit(weights)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    return printable(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
@@ -219,6 +220,14 @@ class Tokens(nn.Module):
         return x
 
 
+def test_by_several_threads(tmp_path):
+    def exported(index):
+        return export_onnx(small_network(), tmp_path / f"{index}.onnx", transform=ImageTransform(size=16)).error
+
+    with ThreadPoolExecutor(3) as pool:
+        assert max(pool.map(exported, range(3))) < 1e-5
+
+
 REFUSED = [
     (OfBatch, ValueError, r"disagrees .* batch of 1"),
     (OnValues, ValueError, "decides by values of its input in Python"),
@@ -271,6 +280,7 @@ def test_a_file_is_held_to_single_precision(exported):
     ("arguments", "kind", "message"),
     [
         ({"transform": None}, ValueError, "`transform` must be given"),
+        ({"transform": 16}, TypeError, "`transform` must be an ImageTransform, got int"),
         (
             {"transform": ImageTransform(16, encoding="normalized")},
             ValueError,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, get_args
 
 import torch
@@ -26,6 +27,7 @@ from bcoskit.export._trace import SizesSeen, batch_size, trace_explanation
 from bcoskit.models import Loss
 
 _LARGEST = 2**31  # bytes, of a file in the format
+_TRACING = Lock()  # torch traces and exports by one thread at a time
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def export_onnx(
     transform = getattr(network, "transform", None) if transform is None else transform
     if transform is None:
         raise ValueError("`transform` must be given: `model` does not come of `create_model`")
+    if not isinstance(transform, ImageTransform):
+        raise TypeError(f"`transform` must be an ImageTransform, got {type(transform).__name__}")
     unfinished = unfinished_file(path)
     try:
         unfinished.touch()  # says at once if it cannot be written
@@ -141,9 +145,10 @@ def _write(
     shape = _shape(transform)
     outputs = ["logits", "contributions", *["weights"] * weights_output]
     try:
-        with untouched(torch.device("cpu")):
-            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
-        model = onnx_model(trace, shape, batch, outputs)
+        with _TRACING:
+            with untouched(torch.device("cpu")):
+                trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
+            model = onnx_model(trace, shape, batch, outputs)
     except Exception as error:  # tracers and exporters answer what they cannot do with nearly every kind of exception
         raise ValueError(f"the explanation of the network cannot be exported: {_reason(error)}") from error
     model.metadata_props.clear()
