@@ -596,6 +596,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="bcosification"):
             BcosConfig.preset("v3")
 
+    @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish])
+    def test_activations_that_write_to_their_input_can_be_trained(self, activation):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), activation(inplace=True), nn.Conv2d(8, 4, 3)).eval()
+        converted = bcosify(model, BcosConfig.preset("bcosification")).train()
+        (writing,) = (module for module in converted.modules() if isinstance(module, activation))
+        x = pairs(torch.rand(2, 3, 8, 8))
+        converted(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in converted.parameters())
+        assert model[1].inplace
+        writing.inplace = True
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            converted(x).sum().backward()
+
     def test_a_failure_in_place_changes_nothing(self):
         model = shaken(timm.create_model("test_resnet"))
         text, state = str(model), copy.deepcopy(model.state_dict())

@@ -103,6 +103,7 @@ def _converted(
     root = walk.converted(model, "")
     if not walk.replaced:
         raise ValueError("`model` has no module that a rule converts")
+    _write_to_no_input(root)
     if classifier is not None:
         add_constants(root, config, classifier)
     network = root if not config.encode or seen is None else with_pairs(root, config, seen, notes)
@@ -129,6 +130,13 @@ def _around(
     if told is not None:
         told(partial(bcosify, config=config, rules=rules, skip=skip, example=example, inplace=True))
     return model
+
+
+def _write_to_no_input(root: nn.Module) -> None:
+    """Switch off what writes to its input: for their derivatives B-cos layers keep the outputs that they give."""
+    for module in root.modules():
+        if getattr(module, "inplace", False) is True:
+            setattr(module, "inplace", False)  # noqa: B010 - torch does not declare it
 
 
 def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
