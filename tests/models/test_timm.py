@@ -67,6 +67,12 @@ def test_weights_that_cannot_be_had(monkeypatch):
         create_model("timm/coatnet_0_224", weights=True)
 
 
+def test_a_tag_that_timm_does_not_have():
+    with pytest.raises(ValueError, match=r"'timm/resnet18.mine' is no network: .* there are: timm/resnet18\.a1_in1k"):
+        create_model("timm/resnet18.mine")
+    assert model_row("timm/resnet18.a1_in1k").num_classes == 1000
+
+
 def test_a_conversion_is_saved_and_opened(ordinary, converted, tmp_path, x):
     assert (converted.transform.encoding, converted.in_chans, converted.loss) == ("bcos", 6, "bce")
     assert (ordinary.transform.encoding, ordinary.in_chans, ordinary.loss) == ("normalized", 3, "cross_entropy")

@@ -82,14 +82,19 @@ def timm_row(name: str) -> ModelRow:
         name: `timm/NAME`.
 
     Raises:
-        ValueError: If timm has no such network.
+        ValueError: If timm has no such network, or no weights of that tag.
     """
     architecture = name.removeprefix(TIMM)
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.3)
         hint = f"; near: {', '.join(TIMM + each for each in near)}" if near else ""
         raise ValueError(f"{name!r} is no network: timm has none of the name {architecture!r}{hint}")
-    configuration: Any = timm.get_pretrained_cfg(architecture)
+    try:
+        configuration: Any = timm.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        base = architecture.partition(".")[0]
+        tags = ", ".join(TIMM + each for each in timm.list_pretrained(f"{base}.*")[:8])
+        raise ValueError(f"{name!r} is no network: timm has no such tag of {base!r}; there are: {tags}") from error
     channels, _, size = configuration.input_size
     usual = len(configuration.mean) == len(configuration.std) == channels and channels in (1, 3)
     cropped = math.floor(size / configuration.crop_pct)
