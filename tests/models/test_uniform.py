@@ -208,6 +208,15 @@ class TestInputs:
             with pytest.raises(ValueError, match="97x83 pixels must have sides that are multiples of 16"):
                 model(inputs(model, size=(97, 83)))
 
+    def test_maps_of_transformers_at_sides_that_strides_round_up(self):
+        model = create_model("vitc_ti_patch1_14.bcos_v2_in1k", num_classes=3)
+        x = inputs(model, size=(33, 47))
+        with torch.no_grad():
+            (maps,) = model.forward_intermediates(x, [-1], intermediates_only=True)
+            tokens = list(model.forward_stages(x).values())[-1]
+        assert maps.shape == (len(x), 192, 3, 3)
+        assert torch.equal(maps.flatten(2).mT, tokens)
+
     def test_positions(self):
         # The table, entry by entry.
         module = create_model(TRANSFORMERS[0]).pos_embed

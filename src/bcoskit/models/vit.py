@@ -1,5 +1,6 @@
 """SimpleViT and ViT-C: timm's vision transformer with other embeddings, B-cos or ordinary."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -58,7 +59,7 @@ class PatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """The grid of tokens of an image, for timm's `forward_intermediates`."""
-        return img_size[0] // _PATCH, img_size[1] // _PATCH
+        return math.ceil(img_size[0] / _PATCH), math.ceil(img_size[1] / _PATCH)  # each stride of a stem rounds up
 
 
 class PositionEmbedding(nn.Module):
