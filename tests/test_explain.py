@@ -283,8 +283,23 @@ def test_inference_mode_is_refused_and_no_grad_is_not():
     network, x = bcos_network(), inputs()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="outside"):
         bcoskit.explain(network, x)
+    with torch.inference_mode():
+        made_inside = x.clone()
+    with pytest.raises(RuntimeError, match=r"`x` was made in .* give `x.clone\(\)`"):
+        bcoskit.explain(network, made_inside)
+    assert torch.equal(bcoskit.explain(network, made_inside.clone()).weights, bcoskit.explain(network, x).weights)
     with torch.no_grad():
         assert bcoskit.explain(network, x).weights.any()
+
+
+def test_one_sample_by_an_integer_of_numpy():
+    e = bcoskit.explain(bcos_network(), inputs())
+    for index in (1, -1):
+        one, expected = e[np.int64(index)], e[index]
+        assert one.weights.shape == expected.weights.shape
+        assert torch.equal(one.contributions, expected.contributions)
+    with pytest.raises(IndexError, match="`index`"):
+        e[np.int64(len(e))]
 
 
 def test_targets_of_numpy_and_of_narrow_types():

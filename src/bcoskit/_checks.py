@@ -20,6 +20,8 @@ def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False)
         raise RuntimeError("explanations need gradients: call `explain` outside `torch.inference_mode()`")
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_inference():
+        raise RuntimeError("`x` was made in `torch.inference_mode()` and can have no gradient: give `x.clone()`")
     if not x.is_floating_point() and (not indices or x.is_complex()):
         raise TypeError(
             f"`x` has dtype {x.dtype}, explanations need float32 or float64: encode the images first, explain tokens "

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,10 @@ class Explanation:
 
     def __getitem__(self, index: int | slice) -> "Explanation":
         """The explanation of one sample (as a batch of one) or of several."""
-        if isinstance(index, int):
+        if isinstance(index, Integral):  # numpy's as well
             if not -len(self) <= index < len(self):
                 raise IndexError(f"`index` (={index}) is out of range for {len(self)} samples")
-            index = slice(index, index + 1 if index != -1 else None)
+            index = slice(int(index), int(index) + 1 if index != -1 else None)
         return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> "Explanation":
@@ -238,7 +239,7 @@ def explain(
         TypeError: If `x` or an output is not a tensor of a suitable type.
         ValueError: If the network is in training mode, `x` is not finite, a target is out of range or does not fit
             the output, or the target does not depend on the input.
-        RuntimeError: If it is called in inference mode.
+        RuntimeError: If it is called in inference mode, or `x` was made in it.
         NotLinearError: If the network is not dynamic linear.
     """
     model = uncompiled(model)
