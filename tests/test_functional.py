@@ -480,6 +480,7 @@ def test_gradients_of_all_arguments(b: float, normalize_weight: bool) -> None:
         ((1, 4, 5, 5), (5, 4, 3, 3), {"max_out": 2}, "`max_out`"),
         ((1, 4, 5, 5), (4, 4, 3, 3), {"stride": (1, 2, 3), "padding": "same"}, "`stride`"),
         ((1, 4, 5, 5), (4, 4, 3, 3), {"padding": (1, 1, 1)}, "`padding`"),
+        ((1, 4, 5, 5), (4, 4, 3, 3), {"padding": -1, "padding_mode": "circular"}, r"`padding` \(=-1\)"),
         ((1, 4, 5, 5), (4, 4, 3, 3), {"padding": "full"}, r"`padding` \(='full'\)"),
         ((1, 4, 5, 5), (4, 4, 3, 3), {"padding": "same", "stride": 2}, "`stride` 1"),
         ((1, 4, 5, 5), (4, 4, 3, 3), {"padding_mode": "mirror"}, r"`padding_mode` \(='mirror'\)"),
@@ -503,6 +504,10 @@ def test_vectors_that_do_not_fit() -> None:
     ("kernel", "options", "message"),
     [
         ((3, 3, 3), {}, "`kernel_size`"),
+        (0, {}, r"`kernel_size` \(=\(0, 0\)\)"),
+        (3, {"stride": 0}, r"`stride` \(=\(0, 0\)\)"),
+        (3, {"dilation": -1}, r"`dilation` \(=\(-1, -1\)\)"),
+        (3, {"padding": -1}, r"`padding` \(=-1\)"),
         (3, {"groups": 3}, "`groups`"),
         (3, {"padding": "full"}, r"`padding` \(='full'\)"),
         (3, {"padding_mode": "mirror"}, r"`padding_mode` \(='mirror'\)"),
@@ -521,6 +526,20 @@ def test_arguments_out_of_range(options: dict[str, Any]) -> None:
         F.bcos_linear(torch.ones(2, 5), torch.ones(4, 5), **options)
     with pytest.raises(ValueError, match=f"`{name}`"):
         F.bcos_conv(torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("units", "dim", "message"),
+    [(0, 1, r"`units` \(=0\)"), (-1, 1, r"`units` \(=-1\)"), (2, 3, r"`dim` \(=3\)"), (2, -3, r"`dim` \(=-3\)")],
+)
+def test_a_max_out_that_does_not_fit(units: int, dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        F.max_out(torch.zeros(1, 4), units, dim)
+
+
+def test_gates_of_integers() -> None:
+    with pytest.raises(TypeError, match=r"int64, in which a gate would be cut off to 0"):
+        F.gate(torch.ones(1, dtype=torch.int64), "silu")
 
 
 def test_unknown_gate() -> None:

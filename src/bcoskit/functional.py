@@ -262,8 +262,11 @@ def patch_norm(
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"`groups` (={groups}) must divide the {x.shape[1]} channels of `x`")
     kernel = _per_dimension(kernel_size, dims, "kernel_size")
-    x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
+    for name, numbers in (("kernel_size", kernel), ("stride", strides), ("dilation", steps)):
+        if min(numbers) < 1:  # of a convolution torch checks it
+            raise ValueError(f"`{name}` (={numbers}) must be at least 1")
+    x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     return torch.sqrt(_sums_over_windows(_energy(x, groups), kernel, strides, rest, steps) + eps)
 
 
@@ -281,8 +284,12 @@ def max_out(y: Tensor, units: int, dim: int) -> Tensor:
         (…, channels, …).
 
     Raises:
-        ValueError: If `units` does not divide the axis.
+        ValueError: If `units` is below 1 or does not divide the axis, or there is no such axis.
     """
+    if units < 1:
+        raise ValueError(f"`units` (={units}) must be at least 1")
+    if not -y.ndim <= dim < y.ndim:
+        raise ValueError(f"`dim` (={dim}) is no axis of `y` of shape {tuple(y.shape)}")
     if units == 1:
         return y
     axis = dim % y.ndim
@@ -483,4 +490,7 @@ def _padding_sides(
         )
         totals = [step * (size - 1) for size, step in zip(kernel, steps, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    return [(width, width) for width in _per_dimension(padding, dims, "padding")]
+    widths = _per_dimension(padding, dims, "padding")
+    if min(widths) < 0:
+        raise ValueError(f"`padding` (={padding}) must be at least 0")
+    return [(width, width) for width in widths]

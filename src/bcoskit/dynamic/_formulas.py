@@ -42,17 +42,20 @@ def gate(x: Tensor, name: str) -> Tensor:
     """A gated activation `f(x) = x · g(x)`, whose gate `g` is a constant in `explanation_mode`.
 
     Args:
-        x: Any shape.
+        x: Any shape, floating point.
         name: The activation, a key of `GATES`.
 
     Returns:
         The activation, shaped like `x`.
 
     Raises:
+        TypeError: If `x` is not of floating dtype.
         ValueError: If there is no gate of that name.
     """
     if name not in GATES:
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(GATES)}")
+    if not x.is_floating_point():
+        raise TypeError(f"`x` has dtype {x.dtype}, in which a gate would be cut off to 0: use `x.float()`")
     return x * GATES[name](freeze(in_single_precision(x))).to(x.dtype)
 
 
