@@ -79,6 +79,9 @@ class BcosConv2d(_BcosConv, nn.Conv2d):
     is stored as it is; unit norm is a matter of the forward pass (Böhle et al., CVPR 2022, section 3.2). Other
     arguments are those of `torch.nn.Conv2d`.
 
+    As of `torch.sigmoid`, the backward pass needs the output: in training nothing may write to it in place, as
+    `torch.nn.ReLU(inplace=True)` or `y += x` would.
+
     Args:
         bias: Whether a learnable bias is added to the transform; networks that are to be explained by their
             input alone have none.

@@ -11,7 +11,8 @@ class BcosLinear(BcosArguments, nn.Linear):
     """B-cos transform of vectors, `(ŵ·x) |cos(x, ŵ)|^(b-1) / scale`: see `bcoskit.functional.bcos_linear`.
 
     A `torch.nn.Linear` whose `weight` has shape (out_features · max_out, in_features) and is stored as it is;
-    unit norm is a matter of the forward pass (Böhle et al., CVPR 2022, section 3.1).
+    unit norm is a matter of the forward pass (Böhle et al., CVPR 2022, section 3.1). In training nothing may
+    write to its output in place: see `BcosConv2d`.
 
     Args:
         in_features: Size of the last axis of the input.
