@@ -226,6 +226,9 @@ def test_product_policies():
     assert (split.weights - first.weights).abs().max() > 1e-3
     with pytest.raises(bcoskit.NotLinearError, match="multiplies two tensors"):
         bcoskit.explain(Gated().eval(), x, 0, products="error")
+    for network in (Gated().eval(), bcoskit.create_model("resnet20.bcos_cifar10").double()):
+        with pytest.raises(ValueError, match=r"`products` \(='half'\) must be one of split, first, error"):
+            bcoskit.explain(network, x, 0, products="half")
 
 
 def test_threads_give_the_results_of_one():
@@ -253,6 +256,7 @@ REFUSALS = {
     "negative": (lambda n, x: bcoskit.explain(n, x, -1), ValueError, "out of range"),
     "target type": (lambda n, x: bcoskit.explain(n, x, 1.5), TypeError, "class index"),
     "target shape": (lambda n, x: bcoskit.explain(n, x, [1, 2]), ValueError, "one per sample"),
+    "no target": (lambda n, x: bcoskit.explain(n, x, []), ValueError, r"`target` of shape \(0,\) must be one class"),
     "target tuple": (lambda n, x: bcoskit.explain(n, x, (1, 2, 3)), ValueError, "a list or a tensor"),
     "empty slice": (lambda n, x: bcoskit.explain(n, x, (0, slice(9, 9), 0), to_layer="0"), ValueError, "nothing"),
     "channels": (lambda n, x: bcoskit.explain(n, x, channel_dim=4), ValueError, r"`channel_dim` \(=4\)"),

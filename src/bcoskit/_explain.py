@@ -238,7 +238,7 @@ def explain(
     Raises:
         TypeError: If `x` or an output is not a tensor of a suitable type.
         ValueError: If the network is in training mode, `x` is not finite, a target is out of range or does not fit
-            the output, or the target does not depend on the input.
+            the output, the target does not depend on the input, or `products` is no policy.
         RuntimeError: If it is called in inference mode, or `x` was made in it.
         NotLinearError: If the network is not dynamic linear.
     """
@@ -248,7 +248,7 @@ def explain(
     task = Task(model, x, layers, target, versus, channel_dim, create_graph, weighted=not shares or create_graph)
     # Of a network whose code is known the graph tells all; of others each operation is looked at.
     known = not create_graph and is_known(model)
-    found = run_frozen(task, explanation_mode(), frozen()) if known else None
+    found = run_frozen(task, explanation_mode(products=products), frozen()) if known else None
     if found is None or found.faults:
         mode = explanation_mode(products=products, create_graph=create_graph)
         found = run_frozen(task, mode, mode)

@@ -72,7 +72,7 @@ def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
         chosen = torch.as_tensor(indices, device=output.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`{name}` (={indices!r}) must be a list of class indices, all rows of one length") from error
-    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+    if chosen.numel() and (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool):
         raise TypeError(f"`{name}` has dtype {chosen.dtype}, class indices must be integers")
     if chosen.ndim > 2 or chosen.numel() == 0 or (chosen.ndim and chosen.shape[0] not in (1, samples)):
         raise ValueError(
