@@ -59,3 +59,55 @@ def test_refusals(compiled):
         bcoskit.compile_explain(maps.eval(), backend="aot_eager")(x, (0, 1, 1))
     with pytest.raises(ValueError, match="not finite"):
         explain(torch.full_like(x, torch.nan))
+
+
+def second_best(logits):
+    """Writes to what it is given."""
+    logits.scatter_(1, logits.argmax(1, keepdim=True), -torch.inf)
+    return logits.argmax(1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [lambda logits: logits.topk(2).indices, second_best, lambda logits: torch.tensor([[1, 4]]), lambda logits: [3, 0]],
+)
+def test_targets_that_are_functions(target, compiled):
+    model, explain = compiled
+    x = torch.rand(2, 6, 8, 7)
+    found, expected = explain(x, target), bcoskit.explain(model, x, target)
+    for name in ("logits", "value", "weights", "target"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert found.weights.flatten(1).any(1).all()
+
+
+def test_inputs_may_be_written_to_afterwards(compiled):
+    model, explain = compiled
+    x = torch.rand(2, 6, 8, 7)
+    expected = bcoskit.explain(model, x, 1).contributions
+    start = x.clone().requires_grad_()
+    found = explain(start, 1)
+    start.data.zero_()
+    torch.testing.assert_close(found.contributions, expected)
+    assert not found.contributions.requires_grad
+    writing = nn.Sequential(nn.ReLU(inplace=True), *network()).eval()
+    found = bcoskit.compile_explain(writing, backend="aot_eager")(x - 0.5, 1)
+    assert torch.equal(found.x, x - 0.5)
+    torch.testing.assert_close(found.weights, bcoskit.explain(writing, x - 0.5, 1).weights)
+
+
+def test_refusals_come_before_the_compiler(compiled):
+    _, explain = compiled
+    x = torch.rand(2, 6, 6, 5)
+
+    def failing(logits):
+        raise ArithmeticError("of the caller")
+
+    with pytest.raises(ValueError, match=r"`products` \(='third'\)"):
+        bcoskit.compile_explain(network(), products="third", backend="aot_eager")(x)
+    with pytest.raises(ArithmeticError, match="of the caller"):
+        explain(x, failing)
+    with pytest.raises(ValueError, match=r"`target` \(=\(1,\)\) must be a class"):
+        explain(x, (1,))
+    with pytest.raises(ValueError, match="outputs of shape tuple"):
+        bcoskit.compile_explain(lambda x: (x, x), backend="aot_eager")(x)
+    assert explain(x, 1).weights.any()  # what failed has left nothing behind

@@ -1,6 +1,7 @@
 """Completeness, targets, state and refusals of `explain`, and the audits."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
@@ -260,6 +261,13 @@ REFUSALS = {
     "target tuple": (lambda n, x: bcoskit.explain(n, x, (1, 2, 3)), ValueError, "a list or a tensor"),
     "empty slice": (lambda n, x: bcoskit.explain(n, x, (0, slice(9, 9), 0), to_layer="0"), ValueError, "nothing"),
     "channels": (lambda n, x: bcoskit.explain(n, x, channel_dim=4), ValueError, r"`channel_dim` \(=4\)"),
+    "channel": (lambda n, x: bcoskit.explain(n, x, channel_dim=1.5), ValueError, r"`channel_dim` \(=1\.5\)"),
+    "products": (lambda n, x: bcoskit.explain(n, x, products="third"), ValueError, r"`products` \(='third'\)"),
+    "products of a known network": (
+        lambda n, x: bcoskit.explain(nn.Sequential(n[0]).eval(), x, (0, 1, 1), products="third"),
+        ValueError,
+        r"`products` \(='third'\)",
+    ),
     "no layer": (lambda n, x: bcoskit.explain(n, x, to_layer="nothing"), ValueError, "no layer of the network"),
     "map without position": (lambda n, x: bcoskit.explain(n, x, to_layer="0"), ValueError, "give a position"),
 }
@@ -319,6 +327,42 @@ def test_targets_of_numpy_and_of_narrow_types():
     assert torch.equal(e.value, e.logits.flatten(1)[:, 5])
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_functions_of_the_output_may_write_to_it(shares):
+    network, x = bcos_network(), inputs()
+
+    def second_best(logits):
+        logits.scatter_(1, logits.argmax(1, keepdim=True), -torch.inf)
+        return logits.argmax(1)
+
+    expected = bcoskit.explain(network, x, shares=shares)
+    e = bcoskit.explain(network, x, second_best, shares=shares)
+    assert torch.equal(e.logits, expected.logits)
+    assert torch.equal(e.target, expected.logits.topk(2).indices[:, 1])
+    assert torch.equal(e.value, expected.logits.gather(1, e.target[:, None])[:, 0])
+
+
+def test_one_sample_of_several():
+    e = bcoskit.explain(bcos_network(), inputs(), 1)
+    for index in (1, -2, np.int64(1), torch.tensor(1)):
+        one = e[index]
+        assert one.weights.shape == (1, *e.weights.shape[1:])
+        assert torch.equal(one.contributions, e.contributions[1:2])
+    with pytest.raises(IndexError, match=r"`index` \(=3\)"):
+        e[np.int64(3)]
+    for index in ([0, 2], None, "a"):
+        with pytest.raises(TypeError):
+            e[index]
+
+
+def test_pictures_of_targets():
+    one, two = (bcoskit.explain(bcos_network(), inputs(), target) for target in (1, [[0, 1]]))
+    assert one.to_image(2, target=-1).tobytes() == one.to_image(2).tobytes() == two.to_image(2, target=1).tobytes()
+    for e, target in ((one, 1), (one, -2), (two, 2)):
+        with pytest.raises(IndexError):
+            e.to_image(target=target)
+
+
 def test_inputs_are_left_alone_when_layers_write_to_them():
     network = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.Hardtanh(-0.1, 0.1, inplace=True)).eval()
     x = inputs() - 0.5
@@ -376,6 +420,29 @@ def test_save_and_load(tmp_path, suffix):
         bcoskit.Explanation.load(path)
     with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
         e.save(tmp_path / "e.pkl")
+
+
+def test_files_whose_tensors_do_not_belong_together(tmp_path):
+    e = bcoskit.explain(bcos_network(), inputs(), [[0, 1]], versus=2, shares=True)
+    for name, wrong in (
+        ("weights", e.weights[..., :1]),
+        ("weights", e.weights[:1]),
+        ("logits", e.logits[:1]),
+        ("value", e.value[:, 0]),
+        ("target", e.target + 99),
+        ("target", e.target.float()),
+        ("versus", e.versus[:1]),
+        ("x", e.x[0, 0, 0, 0]),
+        ("shares", {"bias": e.value[:1]}),
+        ("channel_dim", "first"),
+        ("products", "third"),
+    ):
+        dataclasses.replace(e, **{name: wrong}).save(tmp_path / "wrong.npz")
+        with pytest.raises(ValueError, match=r"wrong\.npz: holds no explanation: "):
+            bcoskit.Explanation.load(tmp_path / "wrong.npz")
+    for whole in (e, e[1], e[:0], bcoskit.explain(bcos_network(), inputs(), (0, 1, 1), to_layer="0")):
+        whole.save(tmp_path / "whole.npz")
+        assert torch.equal(bcoskit.Explanation.load(tmp_path / "whole.npz").weights, whole.weights)
 
 
 def test_gradients_of_explanations_are_complete():

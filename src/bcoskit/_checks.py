@@ -65,9 +65,11 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
 def check_channel_dim(channel_dim: int | None, start: Tensor) -> None:
     """Refuse an axis that the input of an explanation does not have; raises as `explain`."""
     axes = start.ndim - 1
-    if channel_dim is not None and axes > 1 and not (1 <= channel_dim <= axes or -axes <= channel_dim <= -1):
+    if channel_dim is None:
+        return
+    if not isinstance(channel_dim, int) or (axes > 1 and (channel_dim == 0 or not -axes <= channel_dim <= axes)):
         raise ValueError(
-            f"`channel_dim` (={channel_dim}) must be an axis after the first of an input of shape "
+            f"`channel_dim` (={channel_dim!r}) must be an axis after the first of an input of shape "
             f"{tuple(start.shape)}, or None"
         )
 

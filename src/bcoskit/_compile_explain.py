@@ -30,6 +30,7 @@ def compile_explain(
 
     The first batch of each shape is compiled, which takes a while, and its first sample is explained by `explain` as
     well, whose audit is the proof that the network is dynamic linear. The program has one backward pass per target.
+    A target that is a function becomes part of the program.
 
     Args:
         model: A network in evaluation mode with logits (N, K). Its parameters are read at each call.
@@ -41,7 +42,11 @@ def compile_explain(
         W(x) of the first sample is not that of `explain`, which no compiler should do.
     """
     network = uncompiled(model)
-    program = torch.compile(explanation_program(network, products), backend=backend, dynamic=False)
+
+    def on_copy(x: Tensor) -> Any:
+        return network(x.clone())  # to which the network may write
+
+    program = torch.compile(explanation_program(on_copy, products), backend=backend, dynamic=False)
     classes_of: dict[tuple[Any, ...], int] = {}
 
     def compiled(x: Tensor, target: Target = None) -> Explanation:
@@ -50,17 +55,14 @@ def compile_explain(
         classes = classes_of.get(key)
         is_new = classes is None
         if classes is None:
-            with torch.no_grad():
-                shape = network(x[:1]).shape
-            if len(shape) != 2:
-                raise ValueError(f"`model` has outputs of shape {tuple(shape)}, must have logits (N, K)")
-            classes = int(shape[1])
+            # Before anything is traced: what raises within that, compilers tell less clearly.
+            classes = _checked(network, x, target, products)
         chosen = _largest if target is None else target
         if not callable(chosen):
-            _, chosen, _ = select(x.new_zeros(len(x), classes), target, None)
-        assert chosen is not None
+            chosen = _classes(x.new_zeros(len(x), classes), target)
+        start = x.detach().clone()
         with untouched(x.device), torch.no_grad():
-            logits, found, weights = program(x, chosen)
+            logits, found, weights = program(start, chosen)
         several = found.ndim == 2
         if not bool(logits.isfinite().all() & weights.isfinite().all()):
             raise ValueError("logits or W(x) hold values that are not finite")
@@ -68,7 +70,7 @@ def compile_explain(
             first = found[:1, 0] if several else found[:1]
             _compare(explain(network, x[:1], first, products=products), weights[:1, 0] if several else weights[:1])
             classes_of[key] = classes
-        return Explanation(x, logits, picked(logits, found), found, None, weights, products=products)
+        return Explanation(start, logits, picked(logits, found), found, None, weights, products=products)
 
     return compiled
 
@@ -91,13 +93,38 @@ def explanation_program(
         with explanation_mode(products=products):
             outputs: Any = torch.func.vjp(network, x)
             logits, pull = outputs
-            chosen = target if isinstance(target, Tensor) else target(logits)
+            chosen = target if isinstance(target, Tensor) else _of_each(target(logits.clone()), logits)
             columns = chosen.unsqueeze(1) if chosen.ndim == 1 else chosen
             masks = [torch.zeros_like(logits).scatter(1, column.unsqueeze(1), 1.0) for column in columns.unbind(1)]
             rows = [pull(mask)[0] for mask in masks]
         return logits, chosen, rows[0] if chosen.ndim == 1 else torch.stack(rows, 1)
 
     return run
+
+
+def _of_each(classes: Any, logits: Tensor) -> Tensor:
+    """The classes of each sample, of which there may be one row for all of them."""
+    chosen = torch.as_tensor(classes, device=logits.device)
+    return chosen.expand(len(logits), *chosen.shape[1:])
+
+
+def _checked(network: Callable[..., Any], x: Tensor, target: Target, products: ProductPolicy) -> int:
+    """How many classes the network has; raises what `explain` raises of the first sample."""
+    with untouched(x.device), torch.no_grad():
+        output = network(x.clone())
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"`model` has outputs of shape {found}, must have logits (N, K)")
+    first = _classes(output, target).flatten()[0]
+    explain(network, x[:1], first, products=products)
+    return output.shape[1]
+
+
+def _classes(logits: Tensor, target: Target) -> Tensor:
+    _, classes, _ = select(logits, target, None)
+    if classes is None:
+        raise ValueError(f"`target` (={target!r}) must be a class, or classes, of a compiled explanation")
+    return classes
 
 
 def _largest(logits: Tensor) -> Tensor:

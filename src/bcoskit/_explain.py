@@ -1,20 +1,20 @@
 """`explain`: the linear map that a network is at an input, read by automatic differentiation."""
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bcoskit._checks import check_inputs
+from bcoskit._checks import check_channel_dim, check_inputs
 from bcoskit._layers import uncompiled
 from bcoskit._linear_map import Task, not_linear, run_frozen, shares_of
-from bcoskit._targets import Target, Versus, picked
+from bcoskit._targets import Target, Versus, picked, select
 from bcoskit._trust import is_known
 from bcoskit.dynamic import ProductPolicy, explanation_mode, frozen
 
@@ -84,11 +84,17 @@ class Explanation:
         return len(self.x)
 
     def __getitem__(self, index: int | slice) -> "Explanation":
-        """The explanation of one sample (as a batch of one) or of several."""
-        if isinstance(index, Integral):  # numpy's as well
+        """The explanation of one sample (as a batch of one) or of several.
+
+        Raises:
+            IndexError: If there is no such sample.
+            TypeError: If the index is neither an integer nor a slice.
+        """
+        if not isinstance(index, slice):
+            index = operator.index(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"`index` (={index}) is out of range for {len(self)} samples")
-            index = slice(int(index), int(index) + 1 if index != -1 else None)
+            index = slice(index, index + 1 if index != -1 else None)
         return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> "Explanation":
@@ -118,10 +124,16 @@ class Explanation:
 
         Returns:
             An RGBA image.
+
+        Raises:
+            IndexError: If there is no such sample or target.
+            ValueError: As `bcoskit.viz.color_picture`.
         """
         from bcoskit import viz
 
         several = self.value.ndim > 1
+        if not several and target not in (0, -1):
+            raise IndexError(f"`target` (={target}) is out of range, each sample has one target")
         weights = self.weights[index, target] if several else self.weights[index]
         contributions = self.contributions[index, target] if several else self.contributions[index]
         return viz.to_pil(viz.color_picture(weights, contributions, smooth=smooth, percentile=percentile))
@@ -160,7 +172,7 @@ class Explanation:
             The explanation, on the CPU.
 
         Raises:
-            ValueError: If the file is missing, corrupt, or holds no explanation.
+            ValueError: If the file is missing, corrupt, or holds no explanation, or its tensors do not belong together.
         """
         from bcoskit._files import read_tensors
 
@@ -169,7 +181,7 @@ class Explanation:
             raise ValueError(f"{path}: holds no explanation of the format {_FORMAT!r}")
         try:
             shares = metadata["shares"]
-            return cls(
+            explanation = cls(
                 x=tensors["x"],
                 logits=tensors["logits"],
                 value=tensors["value"],
@@ -184,9 +196,40 @@ class Explanation:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: is an incomplete explanation ({error!r})") from error
+        try:
+            _check(explanation)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: holds no explanation: {error}") from error
+        return explanation
 
 
 _FORMAT = "bcoskit-explanation-1"
+
+
+def _check(read: Explanation) -> None:
+    """Refuse what was read from a file if it is nothing that `explain` returns; raises ValueError or TypeError."""
+    samples, several = len(read.x), read.value.shape[1:]
+    if read.x.ndim < 2 or len(several) > 1:
+        shapes = f"`x` has shape {tuple(read.x.shape)} and `value` {tuple(read.value.shape)}"
+        raise ValueError(f"{shapes}, must be (N, *shape) and (N,) or (N, K)")
+    expected = {
+        "value": (read.value, (samples, *several)),
+        "logits": (read.logits, (samples, *read.logits.shape[1:])),
+        "weights": (read.weights, (samples, *several, *read.x.shape[1:])),
+    }
+    expected |= {name: (share, (samples, *several)) for name, share in (read.shares or {}).items()}
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, must be {shape}")
+    for name, classes in (("target", read.target), ("versus", read.versus)):
+        if classes is None:
+            continue
+        if classes.shape != read.value.shape:
+            raise ValueError(f"`{name}` has shape {tuple(classes.shape)}, must be {tuple(read.value.shape)}")
+        if samples:
+            select(read.logits, classes, None)
+    check_channel_dim(read.channel_dim, read.x)
+    explanation_mode(products=read.products)
 
 
 def explain(

@@ -35,7 +35,7 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
         ValueError: If it is out of range or does not fit the output.
     """
     if callable(target):
-        target = target(output.detach())
+        target = target(output.detach().clone())  # which it may write to
     positions = isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
     if not positions and output.ndim == 2:
         classes = _classes(output, target, "target") if target is not None else output.detach().argmax(1)
