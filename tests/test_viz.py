@@ -439,6 +439,16 @@ def test_overlay_refuses(arguments: dict[str, Any], message: str) -> None:
         viz.overlay(**{**good, **arguments})
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pil_images_of_more_than_eight_bits_are_refused(dtype: Any) -> None:
+    rgba = np.zeros((3, 4, 4), np.float32)
+    deep = Image.fromarray(np.full((3, 4), 300, dtype))
+    for draw in (lambda: viz.overlay(deep, rgba), lambda: viz.montage([[(deep, "")]])):
+        with pytest.raises(ValueError, match=rf"\(of mode {deep.mode!r}\) must have 8 bits"):
+            draw()
+    assert viz.overlay(deep.convert("L"), rgba).shape == (3, 4, 3)
+
+
 def test_on_white() -> None:
     result = viz.on_white(np.array([[[0.2, 0.4, 1, 0.5], [0.3, 0.2, 0.1, 0], [0.3, 0.2, 0.1, 1]]]))
     np.testing.assert_allclose(result, [[[0.6, 0.7, 1], [1, 1, 1], [0.3, 0.2, 0.1]]], atol=1e-6)

@@ -7,7 +7,7 @@ every image is scaled on its own.
 
 Explanations are turned into pictures on their device, in float32, or float64 where they are. Pictures are
 float32 arrays on the CPU with the colours last and in [0, 1]; one that is given to a function may also be
-uint8 or a PIL image, whose transparency counts as white where a picture without transparency is asked for.
+uint8 or a PIL image of 8 bits, whose transparency counts as white where a picture without transparency is asked for.
 """
 
 from bcoskit.viz._pictures import color_picture, contribution_map, on_white, overlay, to_pil

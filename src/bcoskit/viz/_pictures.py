@@ -198,6 +198,8 @@ def as_tensor(name: str, value: Array) -> torch.Tensor:
 def as_colors(name: str, value: Array | Image.Image, channels: tuple[int, ...]) -> torch.Tensor:
     """Picture (..., H, W, channels) in [0, 1], on the CPU, of an array or a PIL image."""
     if isinstance(value, Image.Image):
+        if value.mode[0] in "IF":  # of more than 8 bits, which Pillow would cut off
+            raise ValueError(f"`{name}` (of mode {value.mode!r}) must have 8 bits: `bcoskit.data.read_image` scales it")
         rgba = np.asarray(value.convert("RGBA"))
         value = rgba if 4 in channels else on_white(rgba)
     colors = as_tensor(name, value).to("cpu", torch.float32)
