@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
+from torch import nn
 
 import bcoskit
 from bcoskit.data import ImageError, ImageTransform
@@ -31,6 +32,17 @@ def test_the_strongest_images_of_an_output_without_maps():
     assert found[3][0].value >= found[3][1].value
 
 
+class Twice(nn.Sequential):
+    """The first of its layers runs two times, the second never."""
+
+    def forward(self, x):
+        return self[0](self[0](x))
+
+
+def twice():
+    return Twice(nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)).eval()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -39,6 +51,9 @@ def test_the_strongest_images_of_an_output_without_maps():
         ({"count": 0}, "`count`"),
         ({"dataset": []}, "no images"),
         ({"model": patches().train()}, "evaluation mode"),
+        ({"dataset": [*images(3), (torch.full((5, 4, 4), torch.nan), 0)]}, "not finite for images 0 to 3"),
+        ({"model": twice(), "layer": "0"}, r"`layers` \(='0'\) runs 2 times"),
+        ({"model": twice(), "layer": "1"}, r"`layers` \(='1'\) runs 0 times"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -57,6 +72,12 @@ def test_pictures_of_neurons():
     assert neuron_gallery(small(), ordinary, "conv2", [0], count=2, cell=64).width > 128
 
 
+@pytest.mark.parametrize("value", [-1.0, 2.0])
+def test_images_of_one_colour_are_shown(value):
+    page = neuron_gallery(small(), [(torch.full((3, 8, 8), value), 0)], "conv2", [0], count=1, cell=64)
+    assert page.size == neuron_gallery(small(), [(torch.rand(3, 8, 8), 0)], "conv2", [0], count=1, cell=64).size
+
+
 def test_pictures_of_confusions():
     data = images(10)
     data = [(torch.roll(x, 1, 0) + 0.1 * x, label) for x, label in data]  # each looks like the next class
@@ -64,6 +85,15 @@ def test_pictures_of_confusions():
     assert page.width > 4 * 64
     with pytest.raises(ValueError, match="no image of class '0' is taken for '3'"):
         versus_gallery(patches(), data, 0, 3)
+    for wrong, message in (
+        ({"second": 9}, r"`second` \(=9\) must be two of the classes 0 to 4"),
+        ({"second": -1}, r"`second` \(=-1\)"),
+        ({"second": 0}, "two of the classes"),
+        ({"count": -1}, r"`count` \(=-1\)"),
+        ({"batch_size": 0}, r"`batch_size` \(=0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            versus_gallery(**({"model": patches(), "dataset": data, "first": 0, "second": 1} | wrong))
 
 
 @pytest.fixture
@@ -103,6 +133,44 @@ def test_a_video_comes_from_a_file_or_a_folder(network, tmp_path):
         assert video.info["duration"] == 70
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_frames_last_as_long_as_in_the_file(network, tmp_path, suffix):
+    first, *others = frames()
+    lossless = {"lossless": True} if suffix == ".webp" else {}
+    first.save(tmp_path / f"clip{suffix}", save_all=True, append_images=others, duration=[50, 200, 70, 120], **lossless)
+    animate(network, tmp_path / f"clip{suffix}", tmp_path / "o.png", network.transform)
+    durations = []
+    with Image.open(tmp_path / "o.png") as video:
+        for frame in ImageSequence.Iterator(video):
+            frame.load()
+            durations.append(frame.info["duration"])
+    assert durations == [50, 200, 70, 120]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+def test_transparent_frames_are_white(network, tmp_path, suffix):
+    pictures = {}
+    for name, around in (("transparent", (0, 0, 0, 0)), ("white", (255, 255, 255, 255)), ("black", (0, 0, 0, 255))):
+        clip = [Image.new("RGBA", (32, 32), around) for _ in range(2)]
+        for index, frame in enumerate(clip):
+            frame.paste((255, 0, 0, 255), (8 * index, 0, 8 * index + 8, 32))
+        clip[0].save(tmp_path / f"clip{suffix}", save_all=True, append_images=clip[1:], disposal=2)
+        animate(network, tmp_path / f"clip{suffix}", tmp_path / "o.png", network.transform, target=3)
+        pictures[name] = (tmp_path / "o.png").read_bytes()
+    assert pictures["transparent"] == pictures["white"] != pictures["black"]
+
+
+def test_what_is_no_image_in_a_folder_is_no_frame(network, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    frames()[0].save(folder / "0.png")
+    (folder / ".hidden").write_text("of the system")
+    (folder / "notes.txt").write_text("of the user")
+    animate(network, folder, tmp_path / "o.png", network.transform)
+    with Image.open(tmp_path / "o.png") as video:
+        assert getattr(video, "n_frames", 1) == 1
+
+
 def test_a_class_that_is_not_seen_fades(network, tmp_path):
     cat = network.classes.index("cat")
     with Image.open("src/bcoskit/assets/photographs/cat.jpg") as picture:
@@ -119,6 +187,8 @@ def test_a_class_that_is_not_seen_fades(network, tmp_path):
 def test_wrong_videos(network, tmp_path):
     with pytest.raises(ValueError, match="must end in"):
         animate(network, frames(), tmp_path / "video.mp4", network.transform)
+    with pytest.raises(ValueError, match=r"`milliseconds` \(=0\)"):
+        animate(network, frames(), tmp_path / "video.gif", network.transform, milliseconds=0)
     with pytest.raises(ValueError, match="no images"):
         animate(network, [], tmp_path / "video.gif", network.transform)
     with pytest.raises(ValueError, match="encode"):

@@ -62,8 +62,8 @@ def run_between(
         starts.append(enter(x))
         final = model(starts[0].clone())
     for name, layer, outputs in (("from_layer", from_layer, starts), ("to_layer", to_layer, ends)):
-        if layer is not None and len(outputs) != 1:
-            raise ValueError(f"`{name}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
+        if layer is not None:
+            _require_one(name, layer, outputs)
     return starts[0], ends[0] if to_layer is not None else _tensor(final, "the network")
 
 
@@ -79,22 +79,24 @@ def outputs_of(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, 
         From each path to that layer's output.
 
     Raises:
-        ValueError: If there is no such layer.
+        ValueError: If there is no such layer, or it does not run exactly once.
         TypeError: If a layer's output is not one tensor.
     """
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def collector(layer: str) -> Callable[[Any], Tensor]:
         def collect(output: Any) -> Tensor:
-            outputs[layer] = _tensor(output, f"`layers` (={layer!r})")
-            return outputs[layer].clone()  # the network may write to it
+            outputs[layer].append(_tensor(output, f"`layers` (={layer!r})"))
+            return outputs[layer][-1].clone()  # the network may write to it
 
         return collect
 
     for layer in layers:
         model = _with_report(model, layer, "layers", collector(layer))
     model(x)
-    return {layer: outputs[layer] for layer in layers}
+    for layer, found in outputs.items():
+        _require_one("layers", layer, found)
+    return {layer: found[0] for layer, found in outputs.items()}
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +131,11 @@ def _tensor(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"the output of {what} is {type(value).__name__}, an explanation needs one tensor")
     return value
+
+
+def _require_one(argument: str, layer: str, outputs: Sequence[Tensor]) -> None:
+    if len(outputs) != 1:
+        raise ValueError(f"`{argument}` (={layer!r}) runs {len(outputs)} times in a forward pass, it must run once")
 
 
 def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor]) -> nn.Module:

@@ -15,10 +15,12 @@ from bcoskit._checks import check_evaluation_mode
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
 from bcoskit._layers import outputs_of
-from bcoskit.data import ImageError, ImageTransform, read_image
+from bcoskit.data import ImageError, ImageTransform, find_images, read_image
 from bcoskit.data._images import pixels
 
 __all__ = ["Activation", "animate", "neuron_gallery", "strongest", "versus_gallery"]
+
+_DURATION = 100  # of a frame, in milliseconds, where nothing tells it
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def strongest(
         For each channel the activations, largest first; each image counts once.
 
     Raises:
-        ValueError: If there is no such layer or channel, or the dataset is empty.
+        ValueError: If there is no such layer or channel, it does not run exactly once, its outputs are not finite, or
+            the dataset is empty.
     """
     check_evaluation_mode(model)
     channels = list(dict.fromkeys(channels))
@@ -83,6 +86,10 @@ def strongest(
                 f"`channels` (={list(channels)}) must be those of `layer` (={layer!r}), {output.shape[1:2]}"
             )
         values, places = output[:, list(channels)].unsqueeze(-1).flatten(2).max(2)
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"`layer` (={layer!r}) has outputs that are not finite for images {numbers[0]} to {numbers[-1]}"
+            )
         for row, image in enumerate(numbers):
             for column, channel in enumerate(channels):
                 place = _position(int(places[row, column]), output.shape[2:])
@@ -161,7 +168,9 @@ def _photograph(x: Tensor) -> Any:
     """The image of an encoded or normalised input, as RGB."""
     rgb = x[:3] if len(x) in (3, 6) else x[:1].expand(3, *x.shape[1:])
     low, high = rgb.aminmax()
-    return ((rgb - low) / (high - low) if low < 0 or high > 1 else rgb).movedim(0, -1).cpu().numpy()
+    if low < 0 or high > 1:
+        rgb = (rgb - low) / (high - low if high > low else 1)
+    return rgb.movedim(0, -1).cpu().numpy()
 
 
 def _picture(explanation: Explanation, smooth: int | None = None) -> Any:
@@ -204,9 +213,12 @@ def versus_gallery(
         An RGB image.
 
     Raises:
-        ValueError: If no image of `first` is taken for `second`; as `explain`.
+        ValueError: If the two are one class, or none of the network's, if no image of `first` is taken for `second`,
+            or `count` or `batch_size` is out of range; as `explain`.
     """
     check_evaluation_mode(model)
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"`count` (={count}) and `batch_size` (={batch_size}) must be at least 1")
     device = next(model.parameters()).device
     confused: list[tuple[float, int]] = []
     numbers = [index for index in range(len(dataset)) if _label(dataset, index) == first]
@@ -214,6 +226,10 @@ def versus_gallery(
         part = numbers[begin : begin + batch_size]
         with torch.no_grad():
             logits = model(torch.stack([dataset[index][0] for index in part]).to(device))
+        if first == second or not all(0 <= each < logits.shape[1] for each in (first, second)):
+            raise ValueError(
+                f"`first` (={first}) and `second` (={second}) must be two of the classes 0 to {logits.shape[1] - 1}"
+            )
         difference = (logits[:, second] - logits[:, first]).tolist()
         confused += [(value, index) for value, index, named in zip(difference, part, logits.argmax(1), strict=True)
                      if int(named) == second]  # fmt: skip
@@ -260,11 +276,12 @@ def animate(
 
     Args:
         model: A network in evaluation mode with encoded inputs.
-        frames: An animated GIF, WebP or PNG file, a folder of images in the order of their names, or images.
+        frames: An animated GIF, WebP or PNG file, a folder of images in the order of their names, or images. They are
+            read as by `read_image`: transparent pixels are white.
         out: The file that is written: .gif, .webp or .png.
         transform: From an image to the network's input, such as `model.transform`.
         target: The class that is explained; by default the one with the largest logit over all frames.
-        milliseconds: Duration of a frame; by default that of the file, or 100.
+        milliseconds: Duration of a frame; by default that which each has in the file, or 100.
         smooth: Side of the mean filter of the opacity, odd.
         batch_size: Frames at once.
 
@@ -272,13 +289,16 @@ def animate(
         The class that was explained.
 
     Raises:
-        ValueError: If `out` has another suffix, or there are no frames; as `explain`.
+        ValueError: If `out` has another suffix, `milliseconds` or `batch_size` is out of range, or there are no frames;
+            as `explain`.
         ImageError: If a file cannot be read.
     """
     out = Path(out)
     if out.suffix not in (".gif", ".webp", ".png"):
         raise ValueError(f"`out` (={str(out)!r}) must end in .gif, .webp or .png")
-    pictures, duration = _frames(frames)
+    if batch_size < 1 or (milliseconds is not None and milliseconds < 1):
+        raise ValueError(f"`batch_size` (={batch_size}) and `milliseconds` (={milliseconds}) must be at least 1")
+    pictures, durations = _frames(frames)
     views = [transform.view(frame) for frame in pictures]
     if not views:
         raise ValueError("`frames` holds no images")
@@ -306,7 +326,7 @@ def animate(
             format=kind,
             save_all=True,
             append_images=pages[1:],
-            duration=duration if milliseconds is None else milliseconds,
+            duration=durations if milliseconds is None else milliseconds,
             loop=0,
         )
         unfinished.replace(out)
@@ -315,16 +335,21 @@ def animate(
     return target
 
 
-def _frames(source: str | Path | Iterable[Image.Image]) -> tuple[list[Image.Image], int]:
+def _frames(source: str | Path | Iterable[Image.Image]) -> tuple[list[Image.Image], int | list[int]]:
+    """The frames, and how long they last in milliseconds, each or all."""
     if not isinstance(source, (str, Path)):
-        return list(source), 100
+        return list(source), _DURATION
     path = Path(source)
     if path.is_dir():
-        return [read_image(file) for file in sorted(path.iterdir()) if file.is_file()], 100
+        return [read_image(file) for file in find_images([path])], _DURATION
     read_image(path)  # which refuses what is no image, or too large
+    pictures: list[Image.Image] = []
+    durations: list[int] = []
     try:
         with Image.open(path) as video:
-            duration = int(video.info.get("duration", 100))
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(video)], duration
+            for frame in ImageSequence.Iterator(video):
+                pictures.append(read_image(frame))  # first, since some files tell of a frame as it is read
+                durations.append(int(frame.info.get("duration", _DURATION)))
     except (OSError, ValueError, EOFError) as error:
         raise ImageError(f"{path}: is damaged ({error})") from error
+    return pictures, durations
