@@ -675,6 +675,18 @@ class TestWriting:
             torch.testing.assert_close(saved.weights, expected[index].weights, rtol=1e-4, atol=1e-6)
             assert saved.shares.keys() == expected.shares.keys() == {"fc.logits.bias"}
 
+    def test_a_name_too_long_for_its_picture(self, explain, place):
+        name = "n" * 251
+        for image in (f"{name}.jpg", f"{name}.png", "other.png"):
+            write_image(place / "in" / image)
+        code, lines, errors = explain("in", "--out=out")
+        assert (code, len(lines)) == (1, 3)
+        assert errors[1].strip() == f"in/{name}.png: the name of its picture is too long"
+        assert files(place / "out") == [f"{name}.png", "other.png"]
+        assert explain("in", "--out=tensors", "--save")[0] == 1
+        assert files(place / "tensors") == ["other.png", "other.safetensors"]
+        assert explain("in", "--out=tensors", "--save", "--resume")[0] == 1
+
     def test_failure_of_writing(self, explain, place, monkeypatch):
         write_image(place / "x.png")
 
@@ -767,6 +779,17 @@ class TestResume:
         changed = {name for name, before in written.items() if self.written(place)[name] > before}
         assert changed == {"dog.png"}
 
+    def test_equal_names_sizes_and_times_in_two_folders(self, explain, place):
+        for name, color in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+            os.utime(write_image(place / name / "x.bmp", color), (1e9, 1e9))
+        explain("a", "--json")
+        code, lines, _ = explain("b", "--json", "--resume")
+        assert code == 0
+        self.assert_same(lines, explain("b", "--json", "--out=fresh")[1])
+        written = self.written(place)
+        assert explain("b", "--json", "--resume")[1] == lines
+        assert self.written(place) == written
+
     @pytest.mark.parametrize("content", [b"", b"no picture", None])
     def test_what_is_no_picture_of_ours_is_made_again(self, content, explain, place, explained):
         _, written = explained
@@ -826,6 +849,19 @@ class TestSeveralProcesses:
             told.append([Path(json.loads(line)["image"]).name for line in lines])
         assert told == [["0.png", "3.png"], ["1.png", "4.png"], ["2.png"]]
         assert files(place / "explanations") == ["0.png", "1.png", "2.png", "3.png"]
+
+    def test_pictures_are_not_written_among_the_images(self, explain, place, monkeypatch):
+        for name in ("in/a.jpg", "in/sub/b.jpg"):
+            write_image(place / name)
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        code, _, (error,) = explain("in", "--out=in")
+        assert code == 2
+        assert "`out` (='in') lies among the images" in error
+        assert files(place) == ["in/a.jpg", "in/sub/b.jpg"]
+        assert explain("in", "--out=elsewhere")[0] == 0
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert explain("in", "--out=in")[0] == 0
 
     def test_more_processes_than_images(self, explain, place, monkeypatch):
         write_image(place / "x.png")
@@ -1070,6 +1106,14 @@ class TestInstalledScript:
         assert told["classes"][0]["class"] == "automobile"
         assert b"Explaining" in seen
         assert b"classes" not in seen
+
+    @pytest.mark.parametrize("arguments", [["audit", BCOS], ["explain", PHOTOGRAPHS / "cat.jpg", "--top=1"]])
+    def test_terminals_without_all_characters(self, arguments, place, monkeypatch):
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+        done = self.run(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "?" in done.stdout
+        assert "fc.logits.bias" in done.stdout or "W(x)?x" in done.stdout
 
     def test_refuses(self, place):
         done = self.run("explain", "absent.png")

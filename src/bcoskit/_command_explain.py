@@ -1,8 +1,10 @@
 """`bcoskit explain`: images of any number in constant memory, read, explained and written at the same time."""
 
+import errno
 import hashlib
 import json as json_lines
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,8 +74,8 @@ def explain_images(
         save: Also write the tensors of each explanation, as a .safetensors file beside the picture.
         json: Print one JSON object per image instead of the table.
         shares: Evaluate all constants of the network, so that the residual tests the explanation.
-        resume: Leave out images whose picture is there already, made by the same weights and options of the image as it
-            is now; their figures are read from the picture.
+        resume: Leave out images whose picture is there already, made by the same weights and options of the same file
+            as it is now; their figures are read from the picture.
         compile: Compile the network's explanation, which takes a while and then saves time, for many images; needs
             `--no-shares`.
         batch_size: Images that are explained at once.
@@ -102,7 +104,7 @@ def explain_images(
     wanted = None if target is None else network.class_index(target)
 
     made_by = network.fingerprint(target=wanted, top=top, save=save, shares=shares)
-    total = len(range(rank, count_images(images, out), processes))
+    total = len(range(rank, count_images(images, out, processes), processes))
     report = Report(json, network.classes, total, show_progress=rank == 0)
     explainer = _explainer(network, wanted, top, shares, batch_size if compile else None)
     with report:
@@ -215,9 +217,8 @@ def _read(
     image = None
     try:
         own = _fingerprint(path, made_by)
-        there = resume and (picture.with_suffix(".safetensors").is_file() or not save)
-        rows = _rows_of(picture, own) if there else None
-        if rows is not None:
+        rows = _rows_of(picture, own) if resume else None
+        if rows is not None and (not save or picture.with_suffix(".safetensors").is_file()):
             return _Done(path, picture, rows)
         image = read_image(path)
         return _Item(path, picture, own, transform.view(image))
@@ -230,7 +231,9 @@ def _fingerprint(path: Path, made_by: str) -> str:
         status = path.stat()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror}") from error
-    return hashlib.sha256(f"{made_by} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    # The place tells images of one name in two folders apart, whose sizes and times may be the same.
+    known = f"{made_by} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(known)).hexdigest()
 
 
 def _rows_of(picture: Path, fingerprint: str) -> list[dict[str, Any]] | None:
@@ -287,7 +290,10 @@ def _explained(
 
 
 def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -> _Done | _Failure:
-    """Write the picture of an explained image, and what is to be saved of it; each appears complete or not at all."""
+    """Write the picture of an explained image, and what is to be saved of it; each appears complete or not at all.
+
+    A name that is too long for the file system is a failure of its image; whatever else prevents writing raises.
+    """
     if not isinstance(outcome, _Item):
         return outcome
     explanation, probabilities = outcome.explanation, outcome.probabilities
@@ -304,6 +310,10 @@ def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -
         if save:
             explanation.save(outcome.picture.with_suffix(".safetensors"))
         unfinished.replace(outcome.picture)  # the last thing: where there is a picture, all is there
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _Failure(outcome.path, f"{outcome.path}: the name of its picture is too long")
     finally:
         unfinished.unlink(missing_ok=True)
     return _Done(outcome.path, outcome.picture, rows)

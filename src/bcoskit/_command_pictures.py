@@ -8,12 +8,20 @@ from pathlib import Path
 from bcoskit.data import ImageError, find_images
 
 
-def count_images(images: Sequence[str], out: Path) -> int:
+def count_images(images: Sequence[str], out: Path, processes: int = 1) -> int:
     """The number of images that `with_pictures` finds.
+
+    Args:
+        images: As of `with_pictures`.
+        out: Folder of the pictures.
+        processes: How many processes write pictures meanwhile.
+
+    Returns:
+        The number.
 
     Raises:
         ImageError: If there are none.
-        ValueError: If a picture would overwrite one of them.
+        ValueError: If a picture would overwrite one of them, or one process would take another's for an image.
     """
     count, folders = 0, set[Path]()
     for image, _ in with_pictures(images, out):
@@ -25,10 +33,13 @@ def count_images(images: Sequence[str], out: Path) -> int:
     if any(folder.is_relative_to(out.resolve()) for folder in folders):
         for image, picture in with_pictures(images, out):
             # Only folders are remembered, so that a million images fill no memory; what lies there may be an image.
-            if picture.exists() and picture.parent.resolve() in folders:
-                raise ValueError(
-                    f"`out` (={str(out)!r}) lies among the images: the picture of {image} would overwrite {picture}"
-                )
+            if picture.parent.resolve() not in folders:
+                continue
+            among = f"`out` (={str(out)!r}) lies among the images"
+            if picture.exists():
+                raise ValueError(f"{among}: the picture of {image} would overwrite {picture}")
+            if processes > 1:
+                raise ValueError(f"{among}: of {processes} processes one would take the pictures of others for images")
     return count
 
 

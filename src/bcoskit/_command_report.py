@@ -62,7 +62,7 @@ class Report:
     def explained(self, path: Path, picture: Path, rows: list[dict[str, Any]]) -> None:
         """Tell of one image, by the figures of its classes."""
         if self.as_json:
-            _print(self._console, json.dumps({"image": str(path), "picture": str(picture), "classes": rows}))
+            self._console.print(json.dumps({"image": str(path), "picture": str(picture), "classes": rows}))
         else:
             self._tell(path.name, rows)
         self.done += 1
@@ -71,13 +71,13 @@ class Report:
     def _tell(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.done == 0:
             titles = f"{'image':<{_NAME_WIDTH}}  {'class':<{self._width}}  {'probability':>11}  {'logit':>9}"
-            _print(self._console, f"{titles}  {'W(x)·x':>9}  {'constants':>9}  {'residual':>9}", "bold")
+            self._console.print(f"{titles}  {'W(x)·x':>9}  {'constants':>9}  {'residual':>9}", style="bold")
         for rank, row in enumerate(rows):
             image = cell(name) if rank == 0 else ""
             residual = "-" if row["residual"] is None else f"{row['residual']:.0e}"
             numbers = f"{probability(row['probability'], 4):>11}  {row['logit']:>9.4f}  {row['contributions']:>9.4f}"
             line = f"{image:<{_NAME_WIDTH}}  {cell(row['class']):<{self._width}}  {numbers}"
-            _print(self._console, f"{line}  {row['bias']:>9.4f}  {residual:>9}")
+            self._console.print(f"{line}  {row['bias']:>9.4f}  {residual:>9}")
 
     def failed(self, path: Path, reason: str) -> None:
         """Tell of an image that cannot be explained."""
@@ -86,7 +86,7 @@ class Report:
         if len(self.listed) < _LISTED_FAILURES:
             self.listed.append(reason)
         if self.as_json:
-            _print(self._console, json.dumps({"image": str(path), "error": reason}))
+            self._console.print(json.dumps({"image": str(path), "error": reason}))
 
     def exit_code(self) -> int:
         """Tell of the failures.
@@ -99,11 +99,11 @@ class Report:
             raise ImageError(f"{self.listed[0]}{more}")
         if not self.failures:
             return 0
-        _print(self._errors, f"{self.failures} of {self.done + self.failures} images could not be explained:")
+        self._errors.print(f"{self.failures} of {self.done + self.failures} images could not be explained:")
         for reason in self.listed:
-            _print(self._errors, f"  {printable(reason)}")
+            self._errors.print(f"  {printable(reason)}")
         if self.failures > len(self.listed):
-            _print(self._errors, f"  and {self.failures - len(self.listed)} more")
+            self._errors.print(f"  and {self.failures - len(self.listed)} more")
         return 1
 
 
@@ -134,8 +134,3 @@ def cell(text: str) -> str:
     """A name, short enough for the table."""
     text = printable(text)
     return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 1] + "…"
-
-
-def _print(console: Console, line: str, style: str | None = None) -> None:
-    """One line, in the characters that the terminal or the file has."""
-    console.print(line.encode(console.encoding, "replace").decode(console.encoding), style=style)

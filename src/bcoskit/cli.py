@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import io
 import keyword
 import os
 import sys
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         With `BCOSKIT_DEBUG=1` in the environment an error's traceback is shown.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has all characters
     try:
         return _run(arguments)
     except KeyboardInterrupt:
