@@ -863,6 +863,22 @@ class TestSeveralProcesses:
         monkeypatch.setenv("WORLD_SIZE", "1")
         assert explain("in", "--out=in")[0] == 0
 
+    def test_a_bad_image_of_one_costs_the_others_nothing(self, place):
+        (place / "in").mkdir()
+        large = place / "large.jpg"
+        Image.effect_noise((3000, 3000), 50).save(large)
+        for index in range(0, 24, 2):
+            (place / "in" / f"{index:02}.jpg").write_bytes(b"")
+            os.link(large, place / "in" / f"{index + 1:02}.jpg")
+        command = [SCRIPT.with_name("torchrun"), "--nproc-per-node=2", "--no-python", SCRIPT, "explain", "in"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--no-shares", "--top=1", "--out=out"], env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == 1
+        assert b"00.jpg: is empty (and 11 more)" in done.stderr
+        assert len(files(place / "out")) == 12
+
     def test_more_processes_than_images(self, explain, place, monkeypatch):
         write_image(place / "x.png")
         monkeypatch.setenv("RANK", "1")

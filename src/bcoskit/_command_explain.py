@@ -27,7 +27,7 @@ from bcoskit._devices import device_named
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import unfinished_file
 from bcoskit._fingerprint import fingerprint
-from bcoskit._processes import share
+from bcoskit._processes import share, wait_for_all
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
@@ -116,7 +116,10 @@ def explain_images(
                 report.failed(outcome.path, outcome.reason)
             else:
                 report.explained(outcome.path, outcome.picture, outcome.rows)
-    return report.exit_code()
+    try:
+        return report.exit_code()
+    finally:
+        wait_for_all()  # one bad image of one process must not cost the others theirs
 
 
 @dataclass(frozen=True)
