@@ -222,8 +222,9 @@ class Tokens(nn.Module):
 
 def test_by_several_threads(tmp_path):
     def exported(index):
-        return export_onnx(small_network(), tmp_path / f"{index}.onnx", transform=ImageTransform(size=16)).error
+        return export_onnx(networks[index], tmp_path / f"{index}.onnx", transform=ImageTransform(size=16)).error
 
+    networks = [small_network() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         assert max(pool.map(exported, range(3))) < 1e-5
 

@@ -27,7 +27,7 @@ from bcoskit.export._trace import SizesSeen, batch_size, trace_explanation
 from bcoskit.models import Loss
 
 _LARGEST = 2**31  # bytes, of a file in the format
-_TRACING = Lock()  # torch traces and exports by one thread at a time
+_EXPORTING = Lock()  # while torch traces, it changes what others of its functions do, in all threads
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,15 @@ def export_onnx(
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
-        network, enter = _on_cpu(network), _entrance(transform)
-        count, batch = _count_classes(network, enter, transform, products)
-        metadata = _metadata(network, transform, classes, loss, card, products, count)
-        _write(network, enter, transform, batch, weights_output, products, metadata, unfinished)
-        error = None
-        if _is_installed("onnxruntime"):
-            error = disagreement(unfinished, network, enter, _shape(transform), products)
-        unfinished.replace(path)
+        with _EXPORTING:
+            network, enter = _on_cpu(network), _entrance(transform)
+            count, batch = _count_classes(network, enter, transform, products)
+            metadata = _metadata(network, transform, classes, loss, card, products, count)
+            _write(network, enter, transform, batch, weights_output, products, metadata, unfinished)
+            error = None
+            if _is_installed("onnxruntime"):
+                error = disagreement(unfinished, network, enter, _shape(transform), products)
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     return OnnxExport(path, error)
@@ -145,10 +146,9 @@ def _write(
     shape = _shape(transform)
     outputs = ["logits", "contributions", *["weights"] * weights_output]
     try:
-        with _TRACING:
-            with untouched(torch.device("cpu")):
-                trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
-            model = onnx_model(trace, shape, batch, outputs)
+        with untouched(torch.device("cpu")):
+            trace = trace_explanation(lambda x: logits_of(fused(x)), enter, shape, batch, products, weights_output)
+        model = onnx_model(trace, shape, batch, outputs)
     except Exception as error:  # tracers and exporters answer what they cannot do with nearly every kind of exception
         raise ValueError(f"the explanation of the network cannot be exported: {_reason(error)}") from error
     model.metadata_props.clear()
