@@ -46,7 +46,14 @@ def compile_explain(
     def on_copy(x: Tensor) -> Any:
         return network(x.clone())  # to which the network may write
 
-    program = torch.compile(explanation_program(on_copy, products), backend=backend, dynamic=False)
+    explained = explanation_program(on_copy, products)
+
+    def run(x: Tensor, target: Tensor | Callable[[Tensor], Any]) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(target, Tensor):
+            return explained(x, target)
+        return explained(x, lambda logits: _of_each(target(logits.clone()), logits))  # to which it may write
+
+    program = torch.compile(run, backend=backend, dynamic=False)
     classes_of: dict[tuple[Any, ...], int] = {}
 
     def compiled(x: Tensor, target: Target = None) -> Explanation:
@@ -93,7 +100,7 @@ def explanation_program(
         with explanation_mode(products=products):
             outputs: Any = torch.func.vjp(network, x)
             logits, pull = outputs
-            chosen = target if isinstance(target, Tensor) else _of_each(target(logits.clone()), logits)
+            chosen = target if isinstance(target, Tensor) else target(logits)
             columns = chosen.unsqueeze(1) if chosen.ndim == 1 else chosen
             masks = [torch.zeros_like(logits).scatter(1, column.unsqueeze(1), 1.0) for column in columns.unbind(1)]
             rows = [pull(mask)[0] for mask in masks]
