@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bcoskit._devices import device_named
-from bcoskit._processes import is_first
+from bcoskit._processes import is_first, wait_for_all
 from bcoskit.data import ImageDataset, open_dataset
 from bcoskit.evaluation import (
     METHODS,
@@ -167,15 +167,16 @@ def evaluate_model(
     pointing = [result for result in results if result.metric == "grid_pointing"]
     if pointing and window is None and not rescale:
         example_sheet(network, dataset, pointing, methods, out / "grid_pointing_examples.png")
-    if not is_first():  # of several processes, which all have all rows, one tells of them
-        return 1 if summary["failures"] else 0
-    if json:
-        Console(soft_wrap=True, markup=False, highlight=False).print(json_format.dumps(summary))
-    else:
-        _tell(summary)
     failed = summary["failures"]
-    for failure in failed[:20]:
-        console.print(f"{failure['metric']}, unit {failure['unit']}: {failure['reason']}", markup=False, soft_wrap=True)
+    if is_first():  # of several processes, which all have all rows, one tells of them
+        if json:
+            Console(soft_wrap=True, markup=False, highlight=False).print(json_format.dumps(summary))
+        else:
+            _tell(summary)
+        for failure in failed[:20]:
+            reason = f"{failure['metric']}, unit {failure['unit']}: {failure['reason']}"
+            console.print(reason, markup=False, soft_wrap=True)
+    wait_for_all()  # a failure must not cost the others what they are about to write
     return 1 if failed else 0
 
 
