@@ -137,6 +137,16 @@ def test_recomputed_stages_change_nothing(data, tmp_path):
     assert int(create_model(tmp_path / "True" / "model.safetensors").bn1.num_batches_tracked) == 2
 
 
+@pytest.mark.parametrize("convert", ["none", "bcosification"])
+def test_recomputed_networks_that_write_in_place(data, tmp_path, convert):
+    """The first stage of a ResNet of timm is an activation that writes into its input."""
+    start = {"from_": "timm/test_resnet", "weights": "fresh", "convert": convert, "size": 32}
+    for recompute in (False, True):
+        hardware = Hardware("cpu", recompute=recompute)
+        train(data, out=tmp_path / str(recompute), **PLAIN | start | {"hardware": hardware})
+    assert largest_difference(tmp_path / "True", tmp_path / "False") < 1e-5
+
+
 def test_recomputed_stages_are_not_kept(data):
     from bcoskit.training._recompute import keep_stages, recompute_stages
 

@@ -43,10 +43,15 @@ class Recomputed(CheckpointWrapper):
 
 
 def recompute_stages(network: Network) -> None:
-    """Wrap the blocks of every stage, or stages that are no sequences of blocks themselves."""
+    """Wrap the blocks of every stage, or stages that are no sequences of blocks themselves.
+
+    Stages without weights keep little, and may be activations that write into what would have to be kept for them.
+    """
     modules = dict(network.named_modules())
     for path in network.stage_names:
         stage = modules[path]
+        if not any(True for _ in stage.parameters()):
+            continue
         if isinstance(stage, nn.Sequential):
             for name, block in list(stage.named_children()):
                 stage.set_submodule(name, Recomputed(block))
