@@ -72,6 +72,7 @@ class Learner(lightning.LightningModule):
         self.seed = seed
         self._gradual, self._gradual_part = gradual, gradual_part
         self._latest: tuple[Any, int] = ((), 0)
+        self._returned = torch.tensor(0.0)
         self._before_the_first: dict[str, Tensor] | None = None
         self._steps = 0
         self._part = (0, 1)
@@ -165,6 +166,7 @@ class Learner(lightning.LightningModule):
         except TorchDynamoException as error:
             loss = self._uncompiled_loss(error)
         self.log("train_loss", loss, prog_bar=True)
+        self._returned = loss.detach()
         return loss
 
     def backward(self, loss: Tensor, *_arguments: Any, **_keywords: Any) -> None:
@@ -172,7 +174,9 @@ class Learner(lightning.LightningModule):
         try:
             loss.backward()
         except TorchDynamoException as error:
-            self._uncompiled_loss(error).backward()
+            # Lightning divides what the step has returned by the batches of an update, and scales it in half precision.
+            factor = torch.where(self._returned == 0, 1.0, loss.detach() / self._returned)
+            self._uncompiled_loss(error).backward(factor)
         self._before_the_first = {}
 
     def _uncompiled_loss(self, error: TorchDynamoException) -> Tensor:
