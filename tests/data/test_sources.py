@@ -88,6 +88,27 @@ class TestTarImages:
         with pytest.raises(ImageError, match=r"image 0: .*a\.tar"):
             dataset[0]
 
+    def test_a_damaged_header_is_no_end(self, tmp_path):
+        """`tarfile` takes it for one, and all behind it would be missing."""
+        path = write_tar(tmp_path / "a.tar", [(f"{k}.{suffix}", b"1") for k in range(3) for suffix in ("png", "cls")])
+        assert len(TarImages([path])) == 3
+        whole, header = path.read_bytes(), 4 * 2 * tarfile.BLOCKSIZE
+        path.write_bytes(whole[: header + 5])  # cut off
+        with pytest.raises(ImageError, match=rf"a\.tar: no readable tar file \(damaged at byte {header}\)"):
+            TarImages([path])
+        path.write_bytes(whole[:header] + b"?" * tarfile.BLOCKSIZE + whole[header + tarfile.BLOCKSIZE :])
+        with pytest.raises(ImageError, match="damaged at byte"):
+            TarImages([path])
+
+    def test_hidden_files_are_left_out(self, tmp_path):
+        members = [("x.png", encoded(1)), ("x.cls", b"0"), ("._x.png", b"?"), ("a/.DS_Store", b"?")]
+        assert len(TarImages([write_tar(tmp_path / "a.tar", members)])) == 1
+
+    def test_names_that_begin_with_a_byte_order_mark(self, tmp_path):
+        path = write_tar(tmp_path / "a.tar", [("x.png", encoded(1)), ("x.cls", b"1")])
+        (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+        assert TarImages([path]).classes == ("cat", "dog")
+
     def test_classes_that_are_not_named(self, tmp_path):
         path = write_tar(tmp_path / "a.tar", [("x.png", encoded(1)), ("x.cls", b"1")])
         assert TarImages([path]).classes == ("0", "1")
@@ -134,6 +155,18 @@ class TestHuggingFace:
         feature = datasets.Sequence(datasets.ClassLabel(names=["a", "b", "c"]))
         self.splits([[0, 2], []], feature).save_to_disk(tmp_path / "saved")
         assert open_dataset(tmp_path / "saved").labels.tolist() == [[1, 0, 1], [0, 0, 0]]
+
+    def test_parquet_files_that_datasets_reads(self, tmp_path):
+        several = datasets.Sequence(datasets.ClassLabel(names=["a", "b", "c"]))
+        for place, labels, feature in (
+            ("several", [[0, 2], []], several),
+            ("hidden", [-1, -1], datasets.ClassLabel(names=["a", "b"])),
+        ):
+            (tmp_path / place).mkdir()
+            self.splits(labels, feature)["train"].to_parquet(tmp_path / place / "train-00000-of-00001.parquet")
+        assert open_dataset(f"hf:{tmp_path / 'several'}").labels.tolist() == [[1, 0, 1], [0, 0, 0]]
+        with pytest.raises(ImageError, match="the split 'train' has no labels"):
+            open_dataset(f"hf:{tmp_path / 'hidden'}")
 
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(ImageError, match=r"hf:.*cannot be opened"):

@@ -17,8 +17,9 @@ class TarImages(ImageDataset):
     """Labelled images in tar files in the layout of WebDataset, read from where they lie when asked for.
 
     Files of a tar file that share a name up to its first dot are one sample: an image, and in `NAME.cls` its class
-    index, or several of them, separated by spaces. The names of the classes stand in `classes.txt` beside the tar
-    files, one a line; without it they are "0", "1" and so on. Opening reads the tar files' headers and labels alone.
+    index, or several of them, separated by spaces. Hidden files are left out. The names of the classes stand in
+    `classes.txt` beside the tar files, one a line; without it they are "0", "1" and so on. Opening reads the tar files'
+    headers and labels alone.
 
     Args:
         paths: The tar files, in this order.
@@ -65,7 +66,7 @@ def _names(folder: Path) -> list[str] | None:
     if not file.exists():
         return None
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(f"{file}: cannot be read ({error})") from error
     if len(set(names)) != len(names) or not all(names):
@@ -80,9 +81,9 @@ def _samples(path: Path) -> Iterator[tuple[_Place, list[int]]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
                 name, _, suffix = Path(member.name).name.partition(".")
+                if not member.isfile() or not name:
+                    continue
                 key = str(Path(member.name).with_name(name))
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     if key in image:
@@ -92,6 +93,11 @@ def _samples(path: Path) -> Iterator[tuple[_Place, list[int]]]:
                     content = archive.extractfile(member)
                     assert content is not None
                     label[key] = [int(word) for word in content.read().split()]
+            # At a damaged header `tarfile` stops as at the end of the archive, which is empty or zeros.
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"damaged at byte {archive.offset}")
     except (OSError, tarfile.TarError) as error:
         raise ImageError(f"{path}: no readable tar file ({error})") from error
     except ValueError as error:
