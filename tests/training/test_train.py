@@ -585,6 +585,19 @@ class TestCommandLine:
         assert cli.main(arguments) == 2
         assert "holds no train images" in capsys.readouterr().err
 
+    def test_averages_of_recipes_forget_the_beginning(self, tmp_path, capsys):
+        """The long recipe's is that of the authors, who give it for other units, and rescale it."""
+        recipe = RECIPES / "imagenet_v2_long.yaml"
+        assert cli.main(["train", "--config", str(recipe), "--out", str(tmp_path / "run"), "--print_config"]) == 0
+        lines = (line.strip().partition(": ") for line in capsys.readouterr().out.splitlines())
+        value = {name: text for name, _, text in lines}
+        batch, epochs, every = (int(value[name]) for name in ("batch_size", "epochs", "ema_every"))
+        theirs = 1 - (1 - 0.99998) * batch * every / epochs
+        assert float(value["ema"]) == pytest.approx(theirs, abs=1e-6)
+        updates = epochs * 1_281_167 // batch // every
+        assert float(value["ema"]) ** updates < 1e-6
+        assert 0.99998**updates > 0.5  # which would leave half of what is saved to the first steps
+
     def test_a_recipe_trains(self, data, tmp_path, finished):
         recipe = RECIPES / "cifar10_resnet20_bcos.yaml"
         changes = ["--epochs=3", "--batch_size=8", "--no_compile_step", f"--data={data}", f"--out={tmp_path / 'run'}"]
