@@ -50,8 +50,36 @@ def test_samples_without_positive_contributions_have_no_gradient():
     assert torch.equal(maps.grad, torch.zeros_like(maps))
 
 
+@pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss])
+def test_masks_of_every_type(loss):
+    expected = loss(MAPS, LEFT)
+    for kind in (torch.bool, torch.uint8, torch.int64, torch.float64):
+        torch.testing.assert_close(loss(MAPS, LEFT.to(kind)), expected)
+    for masks in (255 * LEFT, -LEFT, LEFT * torch.nan):
+        with pytest.raises(ValueError, match="`masks` must have values from 0 to 1"):
+            loss(MAPS, masks)
+
+
+def test_the_size_of_contributions_does_not_matter_to_their_match():
+    other = MAPS.flip(2)
+    expected = 1 - torch.cosine_similarity(MAPS.flatten(1).double(), other.flatten(1).double()).mean()
+    for size in (1e-30, 1e-9, 1.0, 1e25):
+        student = (MAPS * size).requires_grad_()
+        loss = matching_loss(student, other / size)
+        assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-6)
+        loss.backward()
+        assert bool(student.grad.isfinite().all())
+    nothing = torch.zeros_like(MAPS, requires_grad=True)
+    loss = matching_loss(nothing, other)
+    loss.backward()
+    assert float(loss.detach()) == 1
+    assert torch.equal(nothing.grad, torch.zeros_like(MAPS))
+
+
 @pytest.mark.parametrize("loss", [energy_loss, l1_loss, right_reasons_loss, matching_loss])
 def test_wrong_shapes(loss):
+    with pytest.raises(ValueError, match="at least one sample"):
+        loss(MAPS[:0], LEFT[:0])
     with pytest.raises(ValueError, match=r"must both be \(N, H, W\)"):
         loss(MAPS, LEFT[:1])
     with pytest.raises(ValueError, match=r"must both be"):

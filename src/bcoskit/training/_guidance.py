@@ -13,16 +13,16 @@ def energy_loss(contributions: Tensor, masks: Tensor) -> Tensor:
     Rao et al., "Studying How to Efficiently and Effectively Guide Models with Explanations", ICCV 2023, section 3.3.
 
     Args:
-        contributions: (N, H, W).
-        masks: (N, H, W), 1 where the reasons are to be, 0 elsewhere.
+        contributions: (N, H, W), of at least one sample.
+        masks: (N, H, W), 1 where the reasons are to be, 0 elsewhere, or between.
 
     Returns:
         A value in [0, 1]; 1 for samples without positive contributions, without a gradient.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, there is no sample, or masks go beyond [0, 1].
     """
-    _check(contributions, masks)
+    masks = _masks(contributions, masks)
     positive = contributions.clamp_min(0)
     total = positive.flatten(1).sum(1)
     inside = (positive * masks).flatten(1).sum(1)
@@ -34,7 +34,7 @@ def l1_loss(contributions: Tensor, masks: Tensor) -> Tensor:
 
     Rao et al., ICCV 2023, section 3.3. Arguments and errors are those of `energy_loss`.
     """
-    _check(contributions, masks)
+    masks = _masks(contributions, masks)
     positive = contributions.clamp_min(0)
     largest = positive.flatten(1).amax(1).clamp_min(torch.finfo(positive.dtype).tiny)
     return (positive / largest[:, None, None] - masks).abs().mean()
@@ -45,8 +45,8 @@ def right_reasons_loss(contributions: Tensor, masks: Tensor) -> Tensor:
 
     Arguments and errors are those of `energy_loss`.
     """
-    _check(contributions, masks)
-    return (contributions * (1 - masks.to(contributions.dtype))).square().flatten(1).sum(1).mean()
+    masks = _masks(contributions, masks)
+    return (contributions * (1 - masks)).square().flatten(1).sum(1).mean()
 
 
 def matching_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -59,18 +59,35 @@ def matching_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Those of the teacher, which get no gradient.
 
     Returns:
-        A value in [0, 2].
+        A value in [0, 2], whatever the size of the contributions; 1 for samples without any, without a gradient.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or there is no sample.
     """
     _check(student, teacher)
-    return (1 - torch.cosine_similarity(student.flatten(1), teacher.detach().flatten(1), dim=1)).mean()
+    return (1 - torch.cosine_similarity(_rows(student), _rows(teacher.detach()), dim=1)).mean()
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """A row for each sample, of which the largest value is 1: torch's cosine is not that of small ones."""
+    rows = maps.flatten(1)
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    return rows / torch.where(largest == 0, torch.inf, largest)
+
+
+def _masks(contributions: Tensor, masks: Tensor) -> Tensor:
+    """Masks of the type of the contributions that they go with."""
+    _check(contributions, masks)
+    masks = masks.to(contributions.dtype)
+    low, high = (float(bound) for bound in masks.aminmax())
+    if not (low >= 0 and high <= 1):  # so written, NaN fails as well
+        raise ValueError(f"`masks` must have values from 0 to 1, got values from {low:g} to {high:g}")
+    return masks
 
 
 def _check(contributions: Tensor, others: Tensor) -> None:
-    if contributions.ndim != 3 or contributions.shape != others.shape:
+    if contributions.ndim != 3 or contributions.shape != others.shape or not contributions.numel():
         raise ValueError(
             f"contributions of shape {tuple(contributions.shape)} and what they are compared with, of shape "
-            f"{tuple(others.shape)}, must both be (N, H, W)"
+            f"{tuple(others.shape)}, must both be (N, H, W), of at least one sample"
         )
