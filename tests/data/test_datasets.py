@@ -443,3 +443,10 @@ class TestMatching:
     def test_what_cannot_be_told(self, names):
         with pytest.raises(ValueError, match="classes, the network 3"):
             self.images(names, [0]).match(("a", "b", "c"))
+
+    def test_two_classes_of_one_name(self):
+        """As the cranes of ImageNet: in their places they are told apart, by their names they are not."""
+        self.images(("a", "a", "b"), [0, 1]).match(("a", "a", "b"))
+        for mine, theirs in ((("b", "a", "a"), ("a", "a", "b")), (("a",), ("a", "a")), (("a", "a"), ("a", "b"))):
+            with pytest.raises(ValueError, match="two classes 'a'"):
+                self.images(mine, [0]).match(theirs)

@@ -81,6 +81,12 @@ def test_targets():
     assert soft_targets(half, 4, Loss()).tolist() == half.tolist()
     with pytest.raises(ValueError, match="do not fit 4 classes"):
         soft_targets(torch.tensor([4]), 4, Loss())
+    for kind in (torch.uint8, torch.int32):
+        assert torch.equal(soft_targets(labels.to(kind), 4, Loss()), soft_targets(labels, 4, Loss()))
+    with pytest.raises(TypeError, match="`labels`"):
+        soft_targets(labels.float(), 4, Loss())
+    with pytest.raises(ValueError, match="`labels` are none"):
+        soft_targets(labels[:0], 4, Loss())
     with pytest.raises(ValueError, match="no model is known"):
         classification_loss(torch.zeros(1, 4), labels[:1], Loss())
 

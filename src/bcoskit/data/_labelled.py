@@ -77,7 +77,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
             classes: Names of the network's classes.
 
         Raises:
-            ValueError: If the labels cannot be told apart: more classes, or some that the network has and others.
+            ValueError: If the labels cannot be told apart: more classes, some that the network has and others, or two
+                of one name.
         """
         mine, theirs = self.classes, tuple(classes)
         if mine == theirs:
@@ -93,6 +94,9 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
                 f"has {len(mine)} classes, the network {len(theirs)}, among which there is no {unknown[0]!r}: labels "
                 "cannot be told apart"
             )
+        twice = next((name for name in mine if mine.count(name) > 1 or theirs.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"has two classes {twice!r}, or the network has: labels cannot be told apart")
         places = torch.tensor([theirs.index(name) for name in mine])
         if self.multi_label:
             self.labels = torch.zeros(len(self), len(theirs)).index_copy(1, places, self.labels)

@@ -11,13 +11,18 @@ def soft_targets(labels: Tensor, num_classes: int, loss: Loss) -> Tensor:
     """Targets (N, num_classes) of labels (N,) or of targets that are soft already, see `Loss`.
 
     Raises:
-        ValueError: If a label is out of range.
+        TypeError: If labels (N,) are no integers.
+        ValueError: If there are none, or one is out of range.
     """
     if labels.ndim == 1:
+        if labels.is_floating_point():
+            raise TypeError(f"`labels` (N,) must be class indices, integers, not {labels.dtype}")
+        if not len(labels):
+            raise ValueError("`labels` are none: a loss needs at least one")
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"`labels` from {low} to {high} do not fit {num_classes} classes")
-        targets = F.one_hot(labels, num_classes).to(torch.get_default_dtype())
+        targets = F.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
     else:
         targets = labels
     if loss.smoothing:
@@ -38,7 +43,9 @@ def classification_loss(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
         loss: What is minimised.
 
     Raises:
-        ValueError: If a label is out of range, or the kind of the loss is that of a model, which is not known here.
+        TypeError: If labels (N,) are no integers.
+        ValueError: If there are none, one is out of range, or the kind of the loss is that of a model, which is not
+            known here.
     """
     if loss.kind == "model":
         raise ValueError("`loss.kind` (='model') must be 'bce' or 'cross_entropy' where no model is known")
