@@ -90,6 +90,13 @@ def test_a_conversion_is_saved_and_opened(ordinary, converted, tmp_path, x):
     assert opened(x).shape == (2, 5)
 
 
+def test_a_network_of_few_classes_is_opened(tmp_path):
+    """Most of the weights of the usual network are those of its 1,000 classes."""
+    small = bcosify(create_model("timm/test_efficientnet", num_classes=2))
+    save_model(small, tmp_path / "model.safetensors")
+    assert create_model(tmp_path / "model.safetensors").num_classes == 2
+
+
 def test_a_fused_conversion(converted, tmp_path, x):
     fused = bcoskit.fuse(converted)
     save_model(fused, tmp_path / "x.safetensors")

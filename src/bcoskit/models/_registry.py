@@ -368,7 +368,7 @@ def _described(path: Path, container: Container) -> ModelRow:
     if len(classes) > max(lengths, default=0):
         # Seen before a network is built, which might be far larger than the file.
         raise WeightsError(f"{path}: names {len(classes)} classes, but no weight has as many rows")
-    row = _converted(path, row, container)
+    row = _converted(path, row, container, len(classes))
     try:
         transform = _transform(container.description.get("transform"), row.transform)
     except (TypeError, ValueError, OverflowError) as error:
@@ -380,7 +380,7 @@ def _described(path: Path, container: Container) -> ModelRow:
     return replace(row, own_classes=tuple(classes), transform=transform, loss=loss, fused=fused)
 
 
-def _converted(path: Path, row: ModelRow, container: Container) -> ModelRow:
+def _converted(path: Path, row: ModelRow, container: Container, num_classes: int) -> ModelRow:
     """The row with the conversion that a file describes, after a look at whether it holds as much as that has."""
     described = container.description.get("conversion")
     if described is not None:
@@ -396,7 +396,8 @@ def _converted(path: Path, row: ModelRow, container: Container) -> ModelRow:
             raise WeightsError(f"{path}: its `conversion` is of no use ({error})") from error
     if row.needs_values:
         with torch.device("meta"):
-            needed = sum(parameter.numel() for parameter in replace(row, conversion=None).build().parameters())
+            ordinary = replace(row, conversion=None).build(num_classes)
+        needed = sum(parameter.numel() for parameter in ordinary.parameters())
         needed *= 1 if row.conversion is None else row.conversion.max_out
         if needed > 2 * sum(tensor.numel() for tensor in container.tensors.values()):
             raise WeightsError(f"{path}: holds far less than the weights of {row.name}")
