@@ -316,6 +316,21 @@ def test_images_that_cannot_be_read(tmp_path, where):
         train(tmp_path / "data", out=tmp_path / "two", loading=loading, **PLAIN | {"batch_size": 6})
 
 
+def test_unreadable_images_whose_names_are_no_text(tmp_path):
+    write_images(tmp_path / "data", "train", 5)
+    write_images(tmp_path / "data", "test", 3)
+    nameless = tmp_path / "data" / "train" / "red" / os.fsdecode(b"\xff.png")
+    try:
+        nameless.write_bytes(b"no image")
+    except OSError:
+        pytest.skip("the disk takes no such names")
+    options = PLAIN | {"loading": Loading(max_unreadable=1)}
+    train(tmp_path / "data", out=tmp_path / "run", **options)
+    assert os.fsencode(nameless) in (tmp_path / "run" / "unreadable.txt").read_bytes()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    train(tmp_path / "data", out=tmp_path / "run", resume=True, **options)  # knows it by that name
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [

@@ -55,6 +55,11 @@ def refused(error, *arguments, **keywords):
     return str(caught.value)
 
 
+def test_the_loss_of_short_epochs_is_logged(data, tmp_path):
+    run(data, tmp_path / "run", epochs=3, batch_size=4, optimization=Optimization(accumulate=2))
+    assert len(metrics(tmp_path / "run", "train_loss")) == 3
+
+
 class TestFiles:
     def test_what_is_written(self, finished):
         out, _ = finished
@@ -274,6 +279,9 @@ class TestRefusals:
         message = refused(ValueError, data, out, model="clip_resnet50.bcosification_in1k")
         assert message.endswith("has embeddings for outputs, not classes that could be trained")
         assert refused(ValueError, data, out, batch_size=17) == "`batch_size` (=17) is above the number of images, 16"
+        for mixture in (Augmentation(mixup=0.2), Augmentation(cutmix=1.0)):
+            message = refused(ValueError, data, out, batch_size=7, augmentation=mixture)
+            assert message.startswith("`batch_size` (=7) must be even for mixup and cutmix")
         assert not out.exists()
 
     def test_data(self, data, tmp_path):

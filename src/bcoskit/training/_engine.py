@@ -253,7 +253,7 @@ def _trainer(
                 *averages,
             ],
             inference_mode=False,  # in which nothing can be explained
-            log_every_n_steps=min(50, steps),
+            log_every_n_steps=min(50, -(-steps // optimization.accumulate)),  # of the optimiser
             num_sanity_val_steps=0,
             check_val_every_n_epoch=measure_every,
             enable_model_summary=False,

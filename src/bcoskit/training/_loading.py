@@ -30,6 +30,7 @@ from bcoskit.training._options import Augmentation, Loading
 Images: TypeAlias = InMemoryImages | StreamedImages
 
 UNREADABLE = "unreadable.txt"
+_ANY_NAME = "surrogateescape"  # which files may have, whatever their bytes
 _MOST_IN_MEMORY = 4 * 1024**3
 _MOST_WORKERS = 8
 
@@ -47,7 +48,9 @@ class Unreadable:
         self._limit, self._file = limit, out / UNREADABLE
         if not resumed and is_first():
             self._file.unlink(missing_ok=True)
-        self._known = set(self._file.read_text().splitlines()) if resumed and self._file.exists() else set[str]()
+        self._known = set[str]()
+        if resumed and self._file.exists():
+            self._known.update(self._file.read_text("utf-8", _ANY_NAME).splitlines())
 
     def add(self, line: str, *, written: bool = True) -> None:
         """One more, if it is a new one.
@@ -68,7 +71,7 @@ class Unreadable:
             raise ImageError(f"{line}{many}: allow more with `max_unreadable` (={self._limit})")
         if written:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
+            with self._file.open("a", encoding="utf-8", errors=_ANY_NAME) as file:
                 file.write(f"{line}\n")
 
 

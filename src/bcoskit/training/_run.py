@@ -260,6 +260,8 @@ def _check_images(
         raise ValueError(f"`data` (={data}) has one class, {train_images.classes[0]!r}: there is nothing to tell apart")
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
+    if batch_size % 2 and (augmentation.mixup or augmentation.cutmix):
+        raise ValueError(f"`batch_size` (={batch_size}) must be even for mixup and cutmix, which take images in pairs")
     if not train_images.multi_label:
         return
     if loss.kind != "bce":
