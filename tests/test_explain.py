@@ -420,6 +420,10 @@ def test_save_and_load(tmp_path, suffix):
         bcoskit.Explanation.load(path)
     with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
         e.save(tmp_path / "e.pkl")
+    missing = tmp_path / "none" / path.name
+    with pytest.raises(FileNotFoundError) as caught:
+        e.save(missing)
+    assert caught.value.filename == str(missing)
 
 
 def test_files_whose_tensors_do_not_belong_together(tmp_path):

@@ -25,7 +25,7 @@ from bcoskit._command_report import Report, cell, figures, probability
 from bcoskit._compile_explain import compile_explain
 from bcoskit._devices import device_named
 from bcoskit._explain import Explanation, explain
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit._fingerprint import fingerprint
 from bcoskit._processes import share, wait_for_all
 from bcoskit._text import printable
@@ -307,18 +307,15 @@ def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -
     information = PngInfo()
     information.add_text(_KEY, json_lines.dumps({"fingerprint": outcome.fingerprint, "classes": rows}))
     outcome.picture.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_file(outcome.picture)
     try:
-        page.save(unfinished, format="PNG", pnginfo=information)
-        if save:
-            explanation.save(outcome.picture.with_suffix(".safetensors"))
-        unfinished.replace(outcome.picture)  # the last thing: where there is a picture, all is there
+        with whole_file(outcome.picture) as unfinished:
+            page.save(unfinished, format="PNG", pnginfo=information)
+            if save:  # before the picture has its place: where there is one, all is there
+                explanation.save(outcome.picture.with_suffix(".safetensors"))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _Failure(outcome.path, f"{outcome.path}: the name of its picture is too long")
-    finally:
-        unfinished.unlink(missing_ok=True)
     return _Done(outcome.path, outcome.picture, rows)
 
 

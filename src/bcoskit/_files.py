@@ -2,6 +2,8 @@
 
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 _KEY = "bcoskit"
-UNFINISHED = ".*.partial"  # a pattern of what `unfinished_file` names
+UNFINISHED = ".*.partial"  # a pattern of the names that `whole_file` gives
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -26,8 +28,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     # Copies, since one tensor may be a view of another, which a .safetensors file refuses.
     arrays = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(metadata)
-    unfinished = unfinished_file(path)
-    try:
+    with whole_file(path) as unfinished:
         if path.suffix == ".safetensors":
             unfinished.write_bytes(save(arrays, {_KEY: text}))
         else:
@@ -35,14 +36,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
             named[_KEY] = np.array(text)
             with unfinished.open("wb") as file:
                 np.savez_compressed(file, **named)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where a file is written that takes its place when that is done; if it fails, what was there before stays.
+
+    A short name beside it, which no other process has, on any machine; errors tell that of the file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) == str(unfinished):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def unfinished_file(path: Path) -> Path:
-    """Where a file is written before it takes its place; a short name that no other process has, on any machine."""
-    return path.with_name(f".{uuid.uuid4().hex}.partial")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bcoskit import viz
 from bcoskit._checks import check_evaluation_mode
 from bcoskit._explain import Explanation, explain
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageError, ImageTransform, find_images, read_image
 from bcoskit.data._images import pixels
@@ -318,9 +318,8 @@ def animate(
             viz.montage([[(view, ""), (picture, "")]], cell=max(128, view.width))
             for view, picture in zip(views[begin:], colors, strict=False)
         ]
-    unfinished = unfinished_file(out)
     kind = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}[out.suffix]
-    try:
+    with whole_file(out) as unfinished:
         pages[0].save(
             unfinished,
             format=kind,
@@ -329,9 +328,6 @@ def animate(
             duration=durations if milliseconds is None else milliseconds,
             loop=0,
         )
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return target
 
 

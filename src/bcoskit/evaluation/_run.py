@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bcoskit import __version__
 from bcoskit._checks import check_evaluation_mode
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit._fingerprint import fingerprint
 from bcoskit._processes import share
 from bcoskit.evaluation._accuracy import Accuracy
@@ -317,12 +317,8 @@ def _write_part(file: Path, rows: list[Row], failures: list[Failure]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
-    unfinished = unfinished_file(file)
-    try:
+    with whole_file(file) as unfinished:
         unfinished.write_text(text)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def table_rows(results: Sequence[Result], settings: dict[str, Any]) -> Iterator[Row]:

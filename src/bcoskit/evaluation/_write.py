@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit import viz
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit.evaluation._accuracy import accuracy_figures
 from bcoskit.evaluation._grids import make_grid
 from bcoskit.evaluation._loop import stacked
@@ -41,12 +41,8 @@ def write_results(results: Sequence[Result], out: Path) -> dict[str, Any]:
     rows = list(table_rows(results, settings))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    unfinished = unfinished_file(out / "rows.parquet")
-    try:
+    with whole_file(out / "rows.parquet") as unfinished:
         pq.write_table(table, unfinished)
-        unfinished.replace(out / "rows.parquet")
-    finally:
-        unfinished.unlink(missing_ok=True)
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     summary = summary_of(results, settings)
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -154,12 +150,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, file: Path) -> None:
-    unfinished = unfinished_file(file)
-    try:
+    with whole_file(file) as unfinished:
         figure.savefig(unfinished, dpi=130, format="png")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def example_sheet(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bcoskit import __version__
 from bcoskit._checks import check_evaluation_mode, untouched
 from bcoskit._explain import explain
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit._fuse import fuse
 from bcoskit._layers import logits_of, uncompiled
 from bcoskit.data import ImageTransform
@@ -108,12 +108,8 @@ def export_onnx(
         raise ValueError("`transform` must be given: `model` does not come of `create_model`")
     if not isinstance(transform, ImageTransform):
         raise TypeError(f"`transform` must be an ImageTransform, got {type(transform).__name__}")
-    unfinished = unfinished_file(path)
-    try:
+    with whole_file(path) as unfinished:
         unfinished.touch()  # says at once if it cannot be written
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    try:
         with _EXPORTING:
             network, enter = _on_cpu(network), _entrance(transform)
             count, batch = _count_classes(network, enter, transform, products)
@@ -122,9 +118,6 @@ def export_onnx(
             error = None
             if _is_installed("onnxruntime"):
                 error = disagreement(unfinished, network, enter, _shape(transform), products)
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return OnnxExport(path, error)
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit._processes import started
 from bcoskit.data import StreamedImages
 from bcoskit.training._folder import CHECKPOINT
@@ -279,20 +279,16 @@ class WholeFiles(TorchCheckpointIO):
             OSError: If it cannot be written; what was there before stays.
         """
         path = Path(path)
-        unfinished = unfinished_file(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
+            with whole_file(path) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(path)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             kept = "; the one before it stays, `resume` goes on from there" if path.exists() else ""
             raise OSError(f"{path}: the checkpoint cannot be written ({reason}){kept}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bcoskit._files import UNFINISHED, unfinished_file
+from bcoskit._files import UNFINISHED, whole_file
 from bcoskit.data import InMemoryImages, StreamedImages
 
 _SAMPLED = 64  # images that tell datasets apart
@@ -98,9 +98,5 @@ def write_settings(out: Path, settings: dict[str, Any]) -> None:
     for place in (out, (out / CHECKPOINT).parent, out / EXPLANATIONS):
         for leftover in place.glob(UNFINISHED):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
-    unfinished = unfinished_file(out / SETTINGS)
-    try:
+    with whole_file(out / SETTINGS) as unfinished:
         unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        unfinished.replace(out / SETTINGS)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bcoskit import viz
 from bcoskit._explain import explain
-from bcoskit._files import unfinished_file
+from bcoskit._files import whole_file
 from bcoskit.data import ImageTransform
 from bcoskit.evaluation import GridPointing, accuracy, choose_grids
 from bcoskit.evaluation._loop import run_metric
@@ -94,12 +94,8 @@ class Watch(lightning.Callback):
             else:
                 picture = viz.contribution_map(e.contributions[index])
             below.append((picture, ""))
-        unfinished = unfinished_file(file)
-        try:
+        with whole_file(file) as unfinished:
             viz.montage([above, below], cell=96).save(unfinished, format="PNG")
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def _as_many_grids_as_there_are(ranking: Sequence[Row], grid: int) -> int:
