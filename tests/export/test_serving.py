@@ -4,11 +4,13 @@ import base64
 import functools
 import http.client
 import http.server
-import importlib.util
+import importlib
 import io
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +50,9 @@ def running(server):
 @pytest.fixture(scope="module")
 def serving():
     """The example as a module."""
-    specification = importlib.util.spec_from_file_location("serve_onnx", EXAMPLES / "serve_onnx.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return importlib.import_module("serve_onnx")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,15 @@ def test_probabilities_are_those_of_the_loss(loss, probability, exported, servin
     logits = bcoskit.explain(network, transform(body)[None]).logits[0]
     expected = None if probability is None else pytest.approx(float(probability(logits).max()), rel=1e-4)
     assert serving.explained(session, body)["probability"] == expected
+
+
+def test_without_a_server(exported, tmp_path):
+    network, transform, path = exported
+    (tmp_path / "photo.png").write_bytes(image_of((40, 25)))
+    command = [sys.executable, EXAMPLES / "explain_onnx.py", path, tmp_path / "photo.png"]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert told["class"] == CLASSES[int(bcoskit.explain(network, transform(image_of((40, 25)))[None]).target)]
+    assert told.keys() == {"class", "probability", "contributions"}
 
 
 def test_server_refuses(port):
