@@ -38,6 +38,16 @@ def test_one_version():
     assert not stated
 
 
+def test_the_floor_of_the_workflow_is_that_of_the_project():
+    optional = (each for extra in PROJECT["optional-dependencies"].values() for each in extra)
+    matches = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", each) for each in (*PROJECT["dependencies"], *optional))
+    lowest = {match[1]: match[2] for match in matches if match is not None}
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    pins = dict(re.findall(r"'([\w-]+)==([\d.]+?)(?:\.\*)?'", workflow))
+    assert len(pins) >= 10
+    assert not {name: pin for name, pin in pins.items() if not f"{pin}.".startswith(f"{lowest[name]}.")}
+
+
 def test_what_is_in_the_distributions(built):
     wheel, source = built
     tracked = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "bcoskit").rglob("*") if file.is_file()}
