@@ -5,7 +5,7 @@ VENV ?= .venv
 # The first of these that is new enough makes the environment.
 PYTHON ?= python3.11 python3
 
-.PHONY: app demo test check docs clean
+.PHONY: app demo test check docs web clean
 
 app: $(VENV)/.installed
 	$(VENV)/bin/bcoskit app --open
@@ -28,6 +28,16 @@ check: $(VENV)/.installed
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed
 	$(VENV)/bin/mkdocs build
+
+# What the page in examples/browser needs: onnxruntime for browsers.
+web: examples/browser/vendor/ort.wasm.min.mjs
+
+examples/browser/vendor/ort.wasm.min.mjs:
+	cd examples/browser && npm pack --silent onnxruntime-web@1.30.0
+	mkdir -p examples/browser/vendor
+	tar -xzf examples/browser/onnxruntime-web-1.30.0.tgz -C examples/browser/vendor --strip-components=2 --touch \
+		package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm package/dist/ort.wasm.min.mjs
+	rm examples/browser/onnxruntime-web-1.30.0.tgz
 
 clean:
 	rm -rf demo/out dist site .hypothesis .pytest_cache .ruff_cache

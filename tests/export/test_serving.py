@@ -181,7 +181,7 @@ def page(exported, tmp_path_factory):
     if chromium is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
     if not (BROWSER / "vendor" / "ort.wasm.min.mjs").exists():
-        pytest.skip("onnxruntime-web is not there: docs/export.md has the command that fetches it")
+        pytest.skip("onnxruntime-web is not there: `make web` fetches it")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     folder = tmp_path_factory.mktemp("page")
     for name in ("index.html", "explain.js", "vendor"):
