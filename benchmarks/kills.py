@@ -68,6 +68,31 @@ def same(first: Path, second: Path) -> bool:
     )
 
 
+def write(rows: list[dict[str, Any]], length: float, seed: int) -> str:
+    """The runs so far as JSON and as a table, which is returned."""
+    text = {"seconds_of_the_whole_run": round(length, 1), "options": OPTIONS, "seed": seed, "runs": rows}
+    (RESULTS / "kills.json").write_text(json.dumps(text, indent=1) + "\n")
+    good = sum(row["ended_well"] and row["same"] for row in rows)
+    kills = sum(len(row["killed_after"]) for row in rows)
+    lines = [
+        "# Trainings that were killed",
+        "",
+        f"A run of {length:.0f} seconds, killed {kills} times in {len(rows)} runs at random moments and resumed after "
+        f"each: {good} of {len(rows)} runs ended with the weights of the run that nobody killed, bit for bit.",
+        "",
+        "    python benchmarks/kills.py",
+        "",
+        "| killed after, seconds | resumed to its end | same weights |",
+        "|---|---|---|",
+        *(
+            f"| {', '.join(map(str, row['killed_after'])) or '-'} | {row['ended_well']} | {row['same']} |"
+            for row in rows
+        ),
+    ]
+    (RESULTS / "kills.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Kill, resume, compare, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +108,7 @@ def main() -> None:
         assert finish(start(root / "data", root / "whole")), "the run that nobody kills failed"
         length = time.monotonic() - begun
         task = progress.add_task("Kills", total=options.kills)
-        run, kills = 0, 0
+        run, kills, table = 0, 0, ""
         while kills < options.kills:
             out = root / f"killed-{run}"
             killed: list[float] = []
@@ -104,27 +129,9 @@ def main() -> None:
                 ended_well = finish(process)
                 break
             rows.append({"killed_after": killed, "ended_well": ended_well, "same": same(out, root / "whole")})
+            table = write(rows, length, options.seed)  # what is known outlives an interruption
             run += 1
-    text = {"seconds_of_the_whole_run": round(length, 1), "options": OPTIONS, "seed": options.seed, "runs": rows}
-    (RESULTS / "kills.json").write_text(json.dumps(text, indent=1) + "\n")
-    good = sum(row["ended_well"] and row["same"] for row in rows)
-    lines = [
-        "# Trainings that were killed",
-        "",
-        f"A run of {length:.0f} seconds, killed {kills} times in {len(rows)} runs at random moments and resumed after "
-        f"each: {good} of {len(rows)} runs ended with the weights of the run that nobody killed, bit for bit.",
-        "",
-        "    python benchmarks/kills.py",
-        "",
-        "| killed after, seconds | resumed to its end | same weights |",
-        "|---|---|---|",
-        *(
-            f"| {', '.join(map(str, row['killed_after'])) or '-'} | {row['ended_well']} | {row['same']} |"
-            for row in rows
-        ),
-    ]
-    (RESULTS / "kills.md").write_text("\n".join(lines) + "\n")
-    Console(width=120).print("\n".join(lines), markup=False)
+    Console(width=120).print(table, markup=False)
 
 
 if __name__ == "__main__":

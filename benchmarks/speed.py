@@ -3,8 +3,9 @@
     python benchmarks/speed.py [--networks resnet18 …] [--works forward …] [--modes eager compiled] [--rounds 10]
     python benchmarks/speed.py --check benchmarks/results/speed.json [the same options]
 
-Subjects: `ordinary`, timm's network of the same shape; `bcoskit`; `authors`, their package `bcos` in the same mode and
-layout; `as shipped`, the same eagerly and channels first, as it comes, where that differs; and in forward passes and
+Subjects: `ordinary`, timm's network of the same shape; `six channels`, the same for images as B-cos networks read them,
+which is the least that these can cost; `bcoskit`; `authors`, their package `bcos` in the same mode and layout;
+`as shipped`, the same eagerly and channels first, as it comes, where that differs; and in forward passes and
 explanations `fused`, ours after `bcoskit.fuse`. Works: `forward` of a batch without graph; `explain`, one
 image, for ordinary networks the gradient of a logit with respect to the input; `explain batch`, for the authors one
 image after the other; `ten targets` of one image; `train`, one step of SGD. Times are medians of the ratios to the
@@ -39,14 +40,27 @@ import bcoskit
 from bcoskit.models import create_model, model_row
 from bcoskit.models.cifar import cifar_resnet
 
-# From our names to the ordinary network.
-NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "resnet20": ("resnet20.bcos_v2_bnu_linear_nomaxout_cifar10", partial(cifar_resnet, 20, 10)),
-    "resnet18": ("resnet18.bcos_v2_in1k", partial(timm.create_model, "resnet18")),
-    "resnet50": ("resnet50.bcos_v2_in1k", partial(timm.create_model, "resnet50")),
-    "densenet121": ("densenet121.bcos_v2_in1k", partial(timm.create_model, "densenet121")),
-    "convnext_tiny": ("convnext_tiny.bcos_v2_bnu_in1k", partial(timm.create_model, "convnext_tiny")),
-    "simple_vit_s": ("simple_vit_s_patch16_224.bcos_v2_in1k", partial(timm.create_model, "vit_small_patch16_224")),
+
+def _timm_network(name: str, channels: int) -> nn.Module:
+    return timm.create_model(name, in_chans=channels)
+
+
+# From our names to the ordinary network for images of so many channels.
+NETWORKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
+    "resnet20": (
+        "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10",
+        lambda channels: cifar_resnet(20, 10, in_channels=channels),
+    ),
+    **{
+        name: (ours, partial(_timm_network, ordinary))
+        for name, ours, ordinary in (
+            ("resnet18", "resnet18.bcos_v2_in1k", "resnet18"),
+            ("resnet50", "resnet50.bcos_v2_in1k", "resnet50"),
+            ("densenet121", "densenet121.bcos_v2_in1k", "densenet121"),
+            ("convnext_tiny", "convnext_tiny.bcos_v2_bnu_in1k", "convnext_tiny"),
+            ("simple_vit_s", "simple_vit_s_patch16_224.bcos_v2_in1k", "vit_small_patch16_224"),
+        )
+    },
 }
 WORKS = ("forward", "explain", "explain batch", "ten targets", "train")
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
@@ -75,7 +89,8 @@ def subjects(setting: Setting, batch: int) -> dict[str, Callable[[], object]]:
     name, ordinary = NETWORKS[setting.network]
     row = model_row(name)
     torch.manual_seed(0)
-    networks = {"ordinary": ordinary(), "bcoskit": create_model(name), "authors": authors_network(row)}
+    networks = {"ordinary": ordinary(3), "six channels": ordinary(6)}
+    networks |= {"bcoskit": create_model(name), "authors": authors_network(row)}
     if (setting.mode, setting.layout) != ("eager", "first"):
         networks["as shipped"] = authors_network(row)
     if setting.work != "train":
@@ -110,7 +125,7 @@ def _call(setting: Setting, subject: str, network: nn.Module, x: Tensor) -> Call
     if setting.work == "train":
         return partial(_step, compiled, torch.optim.SGD(network.parameters(), 1e-3), x)
     targets = 10 if setting.work == "ten targets" else 1
-    if subject == "ordinary":
+    if subject in ("ordinary", "six channels"):
         return partial(_gradient, compiled, x, targets)
     if subject in ("authors", "as shipped"):
         return partial(_one_by_one, network, x, targets)
