@@ -119,6 +119,7 @@ PIXELS = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.G
         Augmentation(policy="randaugment", magnitude=10),
         Augmentation(crop="none", policy="trivialaugment"),
         Augmentation(crop="none", jitter=0.4),
+        Augmentation(crop="none", lighting=0.5),
         Augmentation(crop="none", flip=False, erasing=1.0),
     ],
 )
@@ -137,6 +138,25 @@ def test_no_augmentation():
     assert torch.equal(augment(PIXELS, Augmentation(crop="none", flip=False), seeded(1)), PIXELS)
     with pytest.raises(ValueError, match="`flip`"):
         augment(PIXELS, Augmentation(flip=False), seeded(1))
+
+
+def test_lighting_shifts_colours_along_the_principal_axes_of_imagenet():
+    grey = torch.full((4000, 3, 1, 1), 128, dtype=torch.uint8)
+    options = Augmentation(crop="none", flip=False, lighting=0.1)
+    shifts = (augment(grey, options, seeded(0)).double() - 128).flatten(1) / 255
+    # Of the covariance of ImageNet's colours: the squares of the deviations along the axes, by Krizhevsky et al.
+    axes = torch.tensor(((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))).double()
+    expected = axes @ torch.diag(0.1 * torch.tensor((0.2175, 0.0188, 0.0045)).double()).square() @ axes.T
+    rounding = 1 / 255**2 / 12
+    torch.testing.assert_close(torch.cov(shifts.T), expected + rounding * torch.eye(3).double(), rtol=0.1, atol=1e-6)
+    assert shifts.mean(0).abs().max() < 2e-3
+    images = augment(PIXELS, Augmentation(crop="none", flip=False, lighting=1.0), seeded(0))
+    assert int(images.min()) == 0
+    assert int(images.max()) == 255
+    for image, pixels in zip(images.int(), PIXELS.int(), strict=True):
+        inside = ((image > 0) & (image < 255)).all(0)  # where nothing is cut off, all pixels move alike
+        difference = (image - pixels)[:, inside]
+        assert int((difference.amax(1) - difference.amin(1)).max()) == 0
 
 
 @pytest.mark.parametrize("options", [Augmentation(mixup=0.4), Augmentation(cutmix=1.0)])
@@ -208,6 +228,7 @@ def test_settings_say_everything(everything):
         {"loss": Loss(smoothing=0.2)},
         {"augmentation": Augmentation(crop="none")},
         {"augmentation": Augmentation(cutmix=1.0)},
+        {"augmentation": Augmentation(lighting=0.1)},
     ],
     ids=str,
 )
@@ -231,6 +252,14 @@ def test_an_average_of_weights_is_what_is_saved(data, tmp_path, usual):
     first, second = state_of(tmp_path / "1"), state_of(tmp_path / "2")
     assert all(torch.equal(first[name], second[name]) for name in first if name.endswith("weight"))
     assert not same_weights(tmp_path / "1", usual)
+
+
+def test_lighting_is_for_images_in_colour(data, tmp_path):
+    with pytest.raises(ValueError, match=r"`augmentation.lighting` \(=0.1\) is for images in colour"):
+        run(data, tmp_path / "run", channels=1, weights="fresh", augmentation=Augmentation(lighting=0.1))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"`lighting` \(=-1\)"):
+        Augmentation(lighting=-1)
 
 
 def test_a_gradual_conversion_has_no_average(data, tmp_path):

@@ -12,6 +12,10 @@ from torchvision.transforms import v2
 from bcoskit.data import random_crop_flip
 from bcoskit.training._options import Augmentation
 
+# Of the colours of ImageNet in [0, 1]: a column is an axis, and its deviation along it.
+_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+
 
 def augment(
     images: Tensor, options: Augmentation, generator: torch.Generator, part: tuple[int, int] = (0, 1)
@@ -59,9 +63,23 @@ def _per_image(options: Augmentation, size: tuple[int, int]) -> Callable[[Tensor
         steps.append(v2.TrivialAugmentWide(interpolation=bilinear))
     if options.jitter:
         steps.append(v2.ColorJitter(options.jitter, options.jitter, options.jitter))
+    if options.lighting:
+        steps.append(_Lighting(options.lighting))
     if options.erasing:
         steps.append(v2.RandomErasing(options.erasing))
     return v2.Compose(steps) if steps else None
+
+
+class _Lighting:
+    """One shift of all colours, along the principal axes of ImageNet's."""
+
+    def __init__(self, deviation: float) -> None:
+        self.deviation = deviation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """A uint8 image (3, H, W), and the same shifted."""
+        shift = torch.tensor(_AXES) @ (self.deviation * torch.randn(3) * torch.tensor(_DEVIATIONS))
+        return (image + 255 * shift[:, None, None]).round().clamp(0, 255).to(torch.uint8)
 
 
 def mixed(x: Tensor, labels: Tensor, num_classes: int, options: Augmentation, seed: int) -> tuple[Tensor, Tensor]:

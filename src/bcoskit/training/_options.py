@@ -151,6 +151,8 @@ class Augmentation:
             (one of any strength: Müller and Hutter, ICCV 2021).
         magnitude: Of RandAugment, up to 30.
         jitter: Largest relative change of brightness, contrast and saturation.
+        lighting: Standard deviation of the shifts along the principal axes of ImageNet's colours, each as a multiple of
+            the axis' own deviation (Krizhevsky et al., NeurIPS 2012, section 4.1); for images in colour.
         erasing: Probability that a rectangle is erased.
         mixup: Parameter of the Beta distribution by which two images are mixed, 0 for never (Zhang et al., ICLR 2018).
         cutmix: Likewise for rectangles of another image (Yun et al., ICCV 2019); with both, each is taken half of
@@ -169,6 +171,7 @@ class Augmentation:
     policy: Literal["none", "randaugment", "trivialaugment"] = "none"
     magnitude: int = 9
     jitter: float = 0.0
+    lighting: float = 0.0
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -189,7 +192,7 @@ class Augmentation:
         check("magnitude", self.magnitude, 0, 30)
         for name in ("jitter", "erasing"):
             check(name, getattr(self, name), 0, 1)
-        for name in ("mixup", "cutmix"):
+        for name in ("lighting", "mixup", "cutmix"):
             check(name, getattr(self, name), 0)
         check("repeats", self.repeats, 1)
 

@@ -154,6 +154,8 @@ def train(
     settings |= converting
     check_frozen(fine_tuning, weights, gradual)
     _check_together(hardware, optimization, gradual, watch_every, checkpoint_every)
+    if augmentation.lighting and row.transform.channels != 3:
+        raise ValueError(f"`augmentation.lighting` (={augmentation.lighting}) is for images in colour, these are grey")
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     unreadable = Unreadable(loading.max_unreadable, out, bool(before))
