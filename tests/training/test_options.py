@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 import bcoskit
-from bcoskit.training import Augmentation, Loss, Optimization, classification_loss, soft_targets, train
+from bcoskit.training import (
+    Augmentation,
+    FineTuning,
+    Hardware,
+    Loading,
+    Loss,
+    Optimization,
+    classification_loss,
+    soft_targets,
+    train,
+)
 from bcoskit.training._augment import augment, mixed
 from bcoskit.training._module import seeded
 from training_runs import break_off, same_weights, state_of, write_images
@@ -132,6 +142,24 @@ def test_augmentation_is_determined_by_its_source(options):
     assert not torch.equal(first, other)
     assert not torch.equal(first, PIXELS)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (Optimization, "accumulate"),
+        (Optimization, "decay_epochs"),
+        (Augmentation, "repeats"),
+        (Augmentation, "magnitude"),
+        (Loading, "max_unreadable"),
+        (Hardware, "nodes"),
+        (FineTuning, "frozen_epochs"),
+    ],
+)
+def test_numbers_that_must_be_whole(options, name):
+    for value in (1.5, 2.0, True, "3", math.nan):
+        with pytest.raises(ValueError, match=rf"^`{name}` \(={value!r}\) must be a whole number$"):
+            options(**{name: value})
 
 
 def test_no_augmentation():

@@ -275,6 +275,8 @@ class TestRefusals:
         out = tmp_path / "run"
         for seed in (-1, 2**63):
             assert f"`seed` (={seed}) must be" in refused(ValueError, data, out, seed=seed)
+        for name in ("epochs", "batch_size", "seed", "watch_every", "checkpoint_every"):
+            assert refused(ValueError, data, out, **{name: 1.5}) == f"`{name}` (=1.5) must be a whole number"
         assert "'resnet21' is neither" in refused(ValueError, data, out, model="resnet21")
         message = refused(ValueError, data, out, model="clip_resnet50.bcosification_in1k")
         assert message.endswith("has embeddings for outputs, not classes that could be trained")

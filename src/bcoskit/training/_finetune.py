@@ -8,7 +8,7 @@ import lightning
 from torch import nn
 
 from bcoskit.models import Network
-from bcoskit.training._options import check
+from bcoskit.training._options import check, check_whole
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class FineTuning:
         if isinstance(self.frozen, bool) or not isinstance(self.frozen, (int, str)) or self.frozen == "":
             raise ValueError(f"`frozen` (={self.frozen!r}) must be a number of stages or the path of a module")
         if isinstance(self.frozen, int):
-            check("frozen", self.frozen, 0)
+            check_whole("frozen", self.frozen, 0)
         if self.frozen_epochs is not None:
-            check("frozen_epochs", self.frozen_epochs, 1)
+            check_whole("frozen_epochs", self.frozen_epochs, 1)
             if not self.frozen:
                 raise ValueError(f"`frozen_epochs` (={self.frozen_epochs}) needs to be told what is `frozen`")
         check("layer_decay", self.layer_decay, 1e-6, 1)

@@ -11,6 +11,7 @@ import torch
 
 from bcoskit._files import UNFINISHED, whole_file
 from bcoskit.data import InMemoryImages, StreamedImages
+from bcoskit.training._options import check_whole
 
 _SAMPLED = 64  # images that tell datasets apart
 CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
@@ -19,11 +20,11 @@ EXPLANATIONS = "explanations"
 
 def check_ranges(epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Raise a `ValueError` for the first value that is out of its range."""
-    for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"`{name}` (={value}) must be above 0 and finite")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"`seed` (={seed}) must be at least 0 and below 2**63")
+    check_whole("epochs", epochs, 1)
+    check_whole("batch_size", batch_size, 1)
+    check_whole("seed", seed, 0, 2**63 - 1)
+    if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` (={learning_rate}) must be above 0 and finite")
 
 
 def settings_before(out: Path, resume: bool) -> dict[str, Any]:

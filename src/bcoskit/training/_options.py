@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 
@@ -10,6 +11,13 @@ def check(name: str, value: float, low: float, high: float = math.inf) -> None:
     if not low <= value <= high or not math.isfinite(value):
         upper = "" if high == math.inf else f" and at most {high}"
         raise ValueError(f"`{name}` (={value}) must be at least {low}{upper}")
+
+
+def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
+    """Raise a `ValueError` for a value that is no whole number, or out of its range."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` (={value!r}) must be a whole number")  # noqa: TRY004
+    check(name, value, low, high)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Optimization:
         for name in ("momentum", "final", "decay", "warmup_start"):
             check(name, getattr(self, name), 0, 1)
         for name in ("decay_epochs", "accumulate", "ema_every"):
-            check(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         check("clip_at", self.clip_at, 1e-12)
         if self.ema is not None:
             check("ema", self.ema, 0, 1)
@@ -186,15 +194,15 @@ class Augmentation:
             raise ValueError("`flip` (=False) needs another `crop` than 'padded', which flips")
         check("smallest", self.smallest, 1e-3, 1)
         if self.size is not None:
-            check("size", self.size, 8)
+            check_whole("size", self.size, 8)
             if self.crop != "resized":
                 raise ValueError(f"`size` (={self.size}) needs `crop` 'resized', not {self.crop!r}")
-        check("magnitude", self.magnitude, 0, 30)
+        check_whole("magnitude", self.magnitude, 0, 30)
         for name in ("jitter", "erasing"):
             check(name, getattr(self, name), 0, 1)
         for name in ("lighting", "mixup", "cutmix"):
             check(name, getattr(self, name), 0)
-        check("repeats", self.repeats, 1)
+        check_whole("repeats", self.repeats, 1)
 
 
 @dataclass(frozen=True)
@@ -222,8 +230,8 @@ class Loading:
         if self.images not in ("auto", "memory", "disk"):
             raise ValueError(f"`images` (={self.images!r}) must be 'auto', 'memory' or 'disk'")
         if self.workers is not None:
-            check("workers", self.workers, 0)
-        check("max_unreadable", self.max_unreadable, 0)
+            check_whole("workers", self.workers, 0)
+        check_whole("max_unreadable", self.max_unreadable, 0)
 
 
 @dataclass(frozen=True)
@@ -265,5 +273,5 @@ class Hardware:
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}")
         if self.devices != -1:
-            check("devices", self.devices, 1)
-        check("nodes", self.nodes, 1)
+            check_whole("devices", self.devices, 1)
+        check_whole("nodes", self.nodes, 1)

@@ -25,7 +25,7 @@ from bcoskit.training._folder import (
 )
 from bcoskit.training._loading import Images, Unreadable, open_images
 from bcoskit.training._module import Classifier
-from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization
+from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization, check_whole
 from bcoskit.training._start import begin, row_before, shown, weights_of
 from bcoskit.training._watch import Watch
 
@@ -236,8 +236,8 @@ def _check_together(
 ) -> None:
     """What does not go together."""
     for name, value in {"watch_every": watch_every, "checkpoint_every": checkpoint_every}.items():
-        if value < 0:
-            raise ValueError(f"`{name}` (={value}) must be at least 1, or 0 for never")
+        if value != 0:
+            check_whole(name, value, 1)
     if hardware.strategy == "fsdp" and optimization.ema is not None:
         raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
     if gradual and optimization.ema is not None:
