@@ -169,11 +169,18 @@ def report(options: argparse.Namespace) -> None:
 def _others(summaries: dict[str, Any]) -> list[str]:
     if not summaries:
         return []
-    metrics = [metric.name for metric in OTHERS]
-    lines = ["| method | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
+    # Of the sanity check what is left when every layer is random, which comes last.
+    columns = {(row["metric"], row["part"] if row["metric"] != "randomization" else "")
+               for row in next(iter(summaries.values()))["results"]}  # fmt: skip
+    ordered = sorted(columns, key=lambda column: ([metric.name for metric in OTHERS].index(column[0]), column[1]))
+    lines = ["| method | " + " | ".join(", ".join(filter(None, column)) for column in ordered) + " |"]
+    lines.append("|---|" + "---|" * len(ordered))
     for method, summary in summaries.items():
-        medians = {row["metric"]: row["median"] for row in summary["results"]}
-        lines.append(f"| {method} | " + " | ".join(f"{medians[metric]:.3g}" for metric in metrics) + " |")
+        medians = {
+            (row["metric"], row["part"] if row["metric"] != "randomization" else ""): row["median"]
+            for row in summary["results"]
+        }
+        lines.append(f"| {method} | " + " | ".join(f"{medians[column]:.3g}" for column in ordered) + " |")
     return [*lines, ""]
 
 

@@ -199,3 +199,16 @@ def test_wrong_videos(network, tmp_path):
     with pytest.raises(ImageError):
         animate(network, tmp_path / "text.gif", tmp_path / "video.gif", network.transform)
     assert not (tmp_path / "video.gif").exists()
+
+
+def test_a_network_in_training_mode_is_refused_before_it_changes(tmp_path):
+    network = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    before = network[0].running_mean.clone()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        animate(network, [Image.new("RGB", (32, 32))], tmp_path / "a.gif", ImageTransform(32))
+    assert torch.equal(network[0].running_mean, before)
+
+
+def test_names_of_too_few_classes():
+    with pytest.raises(ValueError, match=r"must be two of the 3 `classes`"):
+        versus_gallery(patches(), images(), 0, 4, classes=("a", "b", "c"))

@@ -33,7 +33,7 @@ ONLY_IN = {
 
 # From the bottom to the top: a module imports from its own level and from below.
 LEVELS = [
-    {"data", "viz", "_devices", "_double", "_files", "_fingerprint", "_processes", "_text"},
+    {"data", "viz", "_devices", "_double", "_files", "_fingerprint", "_processes", "_random", "_text"},
     {"dynamic"},
     {"_passes"},
     {"functional"},

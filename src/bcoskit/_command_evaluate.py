@@ -26,6 +26,7 @@ from bcoskit.evaluation import (
     example_sheet,
     write_results,
 )
+from bcoskit.evaluation._write import title_of
 from bcoskit.models import create_model
 
 METRICS = (
@@ -228,7 +229,7 @@ def _tell(summary: dict[str, Any]) -> None:
     table = Table("metric", "method", "rows", "median", "95 % interval", "quartiles", "mean")
     for line in summary["results"]:
         table.add_row(
-            line["metric"],
+            title_of(line),
             line["method"],
             str(line["count"]),
             f"{line['median']:.4g}",

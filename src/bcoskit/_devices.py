@@ -1,8 +1,16 @@
 """The device that a command computes on."""
 
 import os
+from itertools import chain
 
 import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first weight of a network; the CPU if it has none."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def device_named(name: str | None) -> torch.device:

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageSequence
-from torch import Tensor, nn
+from torch import nn
 
 from bcoskit import viz
 from bcoskit._checks import check_evaluation_mode
+from bcoskit._devices import device_of
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import whole_file
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageError, ImageTransform, find_images, read_image
 from bcoskit.data._images import pixels
+from bcoskit.evaluation._loop import item_of, labels_of
+from bcoskit.viz._pictures import photograph
 
 __all__ = ["Activation", "animate", "neuron_gallery", "strongest", "versus_gallery"]
 
@@ -75,7 +78,7 @@ def strongest(
     if len(dataset) == 0:
         raise ValueError("`dataset` holds no images")
     found: dict[int, list[tuple[float, int, tuple[int, ...]]]] = {channel: [] for channel in channels}
-    device = next(model.parameters()).device
+    device = device_of(model)
     for begin in range(0, len(dataset), batch_size):
         numbers = range(begin, min(begin + batch_size, len(dataset)))
         with torch.no_grad():
@@ -144,7 +147,7 @@ def neuron_gallery(
         ValueError: As `strongest`; as `explain`.
     """
     found = strongest(model, dataset, layer, channels, count=count, batch_size=batch_size, progress=progress)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: list[list[tuple[Any, str]]] = []
     for channel, activations in found.items():
         above: list[tuple[Any, str]] = []
@@ -152,7 +155,7 @@ def neuron_gallery(
         for each in activations:
             x = dataset[each.image][0][None].to(device)
             explanation = explain(model, x, *_target_of(each), to_layer=layer)
-            above.append((_photograph(x[0]), f"{layer} {channel}\n{each.value:.3g}"))
+            above.append((photograph(x[0]), f"{layer} {channel}\n{each.value:.3g}"))
             below.append((_picture(explanation), ""))
         rows += [above, below]
     return viz.montage(rows, cell=cell)
@@ -162,15 +165,6 @@ def _target_of(activation: Activation) -> tuple[Any]:
     if activation.position:
         return ((activation.channel, *activation.position),)
     return (activation.channel,)
-
-
-def _photograph(x: Tensor) -> Any:
-    """The image of an encoded or normalised input, as RGB."""
-    rgb = x[:3] if len(x) in (3, 6) else x[:1].expand(3, *x.shape[1:])
-    low, high = rgb.aminmax()
-    if low < 0 or high > 1:
-        rgb = (rgb - low) / (high - low if high > low else 1)
-    return rgb.movedim(0, -1).cpu().numpy()
 
 
 def _picture(explanation: Explanation, smooth: int | None = None) -> Any:
@@ -219,9 +213,14 @@ def versus_gallery(
     check_evaluation_mode(model)
     if count < 1 or batch_size < 1:
         raise ValueError(f"`count` (={count}) and `batch_size` (={batch_size}) must be at least 1")
-    device = next(model.parameters()).device
+    device = device_of(model)
     confused: list[tuple[float, int]] = []
-    numbers = [index for index in range(len(dataset)) if _label(dataset, index) == first]
+    labels = labels_of(dataset)
+    numbers = [
+        index
+        for index in range(len(dataset))
+        if (item_of(dataset, index)[1] if labels is None else int(labels[index])) == first
+    ]
     for begin in range(0, len(numbers), batch_size):
         part = numbers[begin : begin + batch_size]
         with torch.no_grad():
@@ -233,6 +232,8 @@ def versus_gallery(
         difference = (logits[:, second] - logits[:, first]).tolist()
         confused += [(value, index) for value, index, named in zip(difference, part, logits.argmax(1), strict=True)
                      if int(named) == second]  # fmt: skip
+    if classes is not None and not all(0 <= each < len(classes) for each in (first, second)):
+        raise ValueError(f"`first` (={first}) and `second` (={second}) must be two of the {len(classes)} `classes`")
     names = [str(each) if classes is None else classes[each] for each in (first, second)]
     if not confused:
         raise ValueError(f"no image of class {names[0]!r} is taken for {names[1]!r}")
@@ -241,7 +242,7 @@ def versus_gallery(
         x = dataset[index][0][None].to(device)
         both = explain(model, x, [[first, second]])
         between = explain(model, x, first, versus=second)
-        row: list[tuple[Any, str]] = [(_photograph(x[0]), f"image {index}")]
+        row: list[tuple[Any, str]] = [(photograph(x[0]), f"image {index}")]
         row += [
             (viz.contribution_map(both.contributions[0, k]), f"{names[k]}\nlogit {float(both.value[0, k]):.2f}")
             for k in (0, 1)
@@ -251,11 +252,6 @@ def versus_gallery(
         )
         rows.append(row)
     return viz.montage(rows, cell=cell)
-
-
-def _label(dataset: Any, index: int) -> int:
-    labels = getattr(dataset, "labels", None)  # which needs no decoding
-    return int(dataset[index][1] if labels is None else labels[index])
 
 
 def animate(
@@ -293,6 +289,7 @@ def animate(
             as `explain`.
         ImageError: If a file cannot be read.
     """
+    check_evaluation_mode(model)
     out = Path(out)
     if out.suffix not in (".gif", ".webp", ".png"):
         raise ValueError(f"`out` (={str(out)!r}) must end in .gif, .webp or .png")
@@ -302,7 +299,7 @@ def animate(
     views = [transform.view(frame) for frame in pictures]
     if not views:
         raise ValueError("`frames` holds no images")
-    device = next(model.parameters()).device
+    device = device_of(model)
     x = transform.encode_pixels(torch.stack([pixels(view) for view in views])).to(device)
     if x.shape[1] not in (2, 6):
         raise ValueError("`transform` must encode images as [x, 1 - x]: a video shows the colours of W(x)")

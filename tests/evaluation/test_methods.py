@@ -9,7 +9,7 @@ import timm
 import torch
 
 import bcoskit
-from bcoskit.evaluation import METHODS, attribute, quantus_explain
+from bcoskit.evaluation import METHODS, attribute, quantus_explain, randomization
 from bcoskit.evaluation.captum import BcosAttribution
 from evaluation_toys import images, noise, patches, small
 
@@ -286,3 +286,54 @@ def test_double_precision_stays():
     model = small().double()
     for name in METHODS:
         assert attribute(model, X.double(), 0, method(name)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["guided_backprop", "deep_lift"])
+def test_activations_that_hooks_cannot_reach_are_refused(name):
+    class Functional(torch.nn.Sequential):
+        def forward(self, x):
+            return self[1](torch.relu(self[0](x)).mean((2, 3)))
+
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"needs each ReLU to be a module .*, 1 of 1 in the network are not"):
+        attribute(Functional(*layers).eval(), X, 0, name)
+    assert attribute(small(), X, 0, name).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["lime", "kernel_shap"])
+def test_small_images_have_segments(name):
+    """The papers' kernel makes one segment of most images of 32 pixels, and the same map for all of them."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4, generator=generator), 32, mode="bilinear")
+    for found in attribute(small(), smooth, 1, partial(METHODS[name], count=30)):
+        assert len(found.unique()) > 1
+
+
+def test_random_numbers_of_other_devices_are_left_alone(monkeypatch):
+    seeded, network = [], small()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(0)
+    assert seeded == [0]  # the control
+    for name in ("lime", "kernel_shap", "rise"):
+        attribute(network, X, 0, method(name))
+    randomization(network, noise(2), "gradient")
+    assert seeded == [0]
+
+
+def test_inputs_of_captum_are_a_tuple_too():
+    attribution = BcosAttribution(patches())
+    x = torch.rand(2, 5, 4, 4)
+    (found,) = attribution.attribute((x,), target=1)
+    assert torch.equal(found, attribution.attribute(x, target=1))
+    with pytest.raises(ValueError, match="`inputs` holds 2 tensors"):
+        attribution.attribute((x, x), target=1)
+
+
+def test_a_network_without_weights():
+    class Sums(torch.nn.Module):
+        def forward(self, x):
+            return x.sum((2, 3))
+
+    x = torch.rand(2, 3, 4, 4)
+    found = quantus_explain(Sums().eval(), x.numpy(), [0, 2]).sum((1, 2, 3))
+    np.testing.assert_allclose(found, x.sum((2, 3))[[0, 1], [0, 2]], rtol=1e-6)

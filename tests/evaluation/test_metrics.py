@@ -9,18 +9,24 @@ from torch import nn
 
 import bcoskit
 from bcoskit.evaluation import (
+    Perturbation,
+    Randomization,
+    Stability,
     accuracy,
     accuracy_figures,
     area_under,
     attribute,
     completeness,
     deletion,
+    evaluate,
     insertion,
     perturbation,
     perturbation_curve,
     randomization,
+    randomized,
     spearman,
     stability,
+    write_results,
 )
 from evaluation_toys import images, noise, patches, small
 
@@ -346,3 +352,94 @@ def test_functions_of_methods_are_methods_by_name():
 
     by_name, by_function = (completeness(small(), noise(2), method) for method in ("bcos", METHODS["bcos"]))
     assert by_name.rows == by_function.rows
+
+
+def test_small_explanations_are_measured_too():
+    """In single precision their squares are 0."""
+
+    def scaled(factor):
+        draws = torch.Generator().manual_seed(4)
+        return lambda model, x, target: torch.rand(len(x), 4, 4, generator=draws) * factor
+
+    plain, tiny = (stability(patches(), images(2), scaled(factor)).scores for factor in (1.0, 1e-25))
+    assert tiny == pytest.approx(plain, rel=1e-5)
+    assert plain.min() > 0.1
+
+
+def test_random_weights_come_in_the_order_of_the_layers():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.unused, self.conv = nn.Linear(4, 3), nn.Linear(2, 2), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).relu().mean((2, 3)))
+
+    rows = randomization(HeadFirst().eval(), noise(2), "gradient").rows
+    assert [row["layer"] for row in rows] == ["head", "conv", "unused"] * 2
+    assert [path for path, _ in randomized(HeadFirst())] == ["conv", "unused", "head"]
+
+
+def test_an_explanation_of_zeros_is_no_sane_one():
+    with pytest.raises(ValueError, match="is 0 everywhere"):
+        randomization(patches(), images(3), lambda model, x, target: torch.zeros(len(x), 4, 4))
+
+
+def test_kinds_and_layers_have_summaries_of_their_own(tmp_path):
+    metrics = (Stability(draws=2, count=3), Randomization(count=3), Perturbation("deletion", steps=2, count=3))
+    results = evaluate(small(), noise(), metrics, ("gradient", "input_x_gradient"), out=tmp_path)
+    lines = write_results(results, tmp_path)["results"]
+    parts = [(line["metric"], line["part"], line["method"]) for line in lines]
+    assert parts[:4] == [
+        ("stability", kind, name) for name in ("gradient", "input_x_gradient") for kind in ("noise", "shift")
+    ]
+    assert [part[1] for part in parts[4:7]] == ["head", "conv2", "conv1"]
+    assert parts[-1] == ("deletion", "", "input_x_gradient")
+    stable = next(result for result in results if result.metric == "stability")
+    for line in lines[:2]:
+        scores = [row["score"] for row in stable.rows if row["kind"] == line["part"]]
+        assert (line["count"], line["median"]) == (3, pytest.approx(np.median(scores)))
+    assert "| stability, shift | gradient | 3 |" in (tmp_path / "summary.md").read_text()
+    pictures = {file.name for file in tmp_path.glob("*.png")}
+    assert pictures == {"stability.png", "randomization.png", "deletion.png", "deletion_curves.png"}
+
+
+def test_insertion_blurs_as_rise():
+    """By a Gaussian of 5 pixels on 11, for images of 224."""
+    x = torch.zeros(1, 1, 224, 224)
+    x[..., 112, 112] = 1
+
+    class Middle(nn.Module):
+        def forward(self, x):
+            return x[:, :, 107:118, 112].flatten(1)
+
+    maps = torch.rand(1, 224, 224)
+    options = {"insert": True, "baseline": "blur", "steps": 1}
+    logits = torch.logit(perturbation_curve(Middle().eval(), x, torch.tensor([5]), maps, **options))
+    kernel = torch.exp(-(torch.arange(-5, 6.0) ** 2) / 50)
+    kernel = kernel / kernel.sum()
+    assert float(logits[0, 0]) == pytest.approx(float(kernel[5] ** 2), rel=1e-4)
+    assert float(logits[0, 1]) == pytest.approx(1, rel=1e-4)
+
+
+def test_curves_refuse_what_does_not_fit():
+    x, maps = torch.rand(2, 5, 4, 4), torch.rand(2, 4, 4)
+    network = nn.Sequential(nn.BatchNorm2d(5), patches()).train()
+    before = network[0].running_mean.clone()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        perturbation_curve(network, x, torch.tensor([0, 1]), maps)
+    assert torch.equal(network[0].running_mean, before)
+    for target, message in (([1], "one class per sample"), ([-1, 0], "is no class"), ([5, 0], "is no class")):
+        with pytest.raises(ValueError, match=message):
+            perturbation_curve(patches(), x, torch.tensor(target), maps)
+    with pytest.raises(ValueError, match="not finite"):
+        perturbation_curve(patches(), x, torch.tensor([0, 1]), maps * torch.nan)
+
+
+def test_labels_of_a_dataset_may_be_names():
+    class Named(list):
+        labels = ("cat", "dog")
+
+    assert accuracy(patches(), Named(images(4))).mean == 1.0
+    with pytest.raises(ValueError, match=r"image 0: the label 'cat' must be the index of a class"):
+        accuracy(patches(), [(images()[0][0], "cat")])

@@ -378,3 +378,14 @@ def test_maps_that_are_no_grid_are_refused():
         grid_scores(torch.rand(1, 4, 6, 6), 3)
     with pytest.raises(ValueError, match="square"):
         make_grid(torch.rand(1, 5, 3, 4, 4))
+
+
+def test_wrong_numbers_of_grids():
+    ranking = accuracy(patches(), images()).rows
+    for options in ({"grid": 0}, {"grid": 1}, {"count": 0}, {"count": -1}, {"protocol": "x"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+            choose_grids(ranking, **({"grid": 2, "count": 1} | options))
+
+
+def test_a_window_of_one_pixel():
+    assert grid_pointing_game(patches(), images(), grid=2, count=1, window=1).scores == pytest.approx([1.0] * 4)

@@ -22,11 +22,14 @@ from bcoskit.evaluation import (
     GridPointing,
     Perturbation,
     Randomization,
+    Result,
     Stability,
     accuracy,
     accuracy_figures,
+    energy_pointing_game,
     evaluate,
     example_sheet,
+    grid_scores,
     write_results,
 )
 from evaluation_toys import images, noise, patches, small
@@ -101,8 +104,8 @@ def test_processes_share_the_parts(tmp_path, monkeypatch):
         run(tmp_path / "shared")
     monkeypatch.setenv("RANK", "1")  # takes over what the other one, which was killed, has not done
     assert rows_of(run(tmp_path / "shared")) == rows_of(whole)
-    assert done["0"] == ["bcos"] * 3
-    assert sorted(done["1"]) == ["bcos", "rise", "rise", "rise"]
+    assert done["0"] == ["bcos", "rise", "bcos"]  # both are tried before the long work
+    assert sorted(done["1"]) == ["bcos", "bcos", "rise", "rise"]
 
 
 def test_another_run_is_refused(tmp_path):
@@ -162,6 +165,59 @@ def test_a_method_that_never_works_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="no such thing"):
         evaluate(patches(), images(), (Perturbation("deletion"),), (broken,), out=tmp_path)
     assert len(calls) == 5
+
+
+def test_what_fails_alike_and_stands_together_does_not_lose_the_run():
+    masks = [torch.zeros(4, 4)] * 14 + [torch.eye(4)] * 6
+    data = [(x, label, mask) for (x, label), mask in zip(images(), masks, strict=True)]
+    for batch_size in (1, 3, 20):
+        result = energy_pointing_game(patches(), data, "gradient", batch_size=batch_size)
+        assert [row["unit"] for row in result.rows] == list(range(14, 20))
+        assert len(result.failures) == 14
+    with pytest.raises(ValueError, match="not zeros alone"):
+        energy_pointing_game(patches(), [(*item[:2], masks[0]) for item in data], "gradient")
+
+
+def test_what_does_not_fit_is_told_before_the_long_work(tmp_path):
+    def counted(model, x, target):
+        counted.calls += 1
+        return x.sum(1)
+
+    def broken(model, x, target):
+        raise ValueError("no such thing")
+
+    counted.calls = 0
+    metrics = (Perturbation("deletion", steps=2),)
+    with pytest.raises(ValueError, match="no such thing"):
+        evaluate(patches(), images(), metrics, (counted, broken), out=tmp_path)
+    assert counted.calls == 1
+    # The folder is free for other methods, which take what is done.
+    results = evaluate(patches(), images(), metrics, (counted,), out=tmp_path)
+    assert len(results[1].rows) == counted.calls == 20
+    with pytest.raises(ValueError, match="holds a run already"):
+        evaluate(patches(), images(), metrics, (counted,), out=tmp_path)
+    with pytest.raises(ValueError, match="`methods`"):
+        evaluate(patches(), images(), metrics, (counted, broken), out=tmp_path, resume=True)
+
+
+def test_another_batch_size_after_a_rejected_run(tmp_path):
+    with pytest.raises(ValueError, match="`patch`"):
+        evaluate(patches(), images(), (Completeness(), Perturbation("deletion", patch=3)), out=tmp_path)
+    metrics = (Completeness(), Perturbation("deletion", patch=2))
+    results = evaluate(patches(), images(), metrics, out=tmp_path, batch_size=7)
+    assert [len(result.rows) for result in results] == [20, 20, 20]
+
+
+def test_scores_that_are_not_finite_are_failures(tmp_path):
+    class Divided(torch.nn.Module):
+        def forward(self, x):
+            return patches()(x / x.flatten(1).norm(dim=1)[:, None, None, None])  # of zeros not a number
+
+    data = [(x[:5], label) for x, label in images()]
+    for metric in (Perturbation("deletion", steps=2, count=3), Completeness(count=3)):
+        with pytest.raises(ValueError, match="must be finite logits"):
+            evaluate(Divided().eval(), data, (metric,), ("gradient",), out=tmp_path / metric.name)
+    assert torch.equal(grid_scores(torch.full((1, 4, 64, 64), 1e38), 2), torch.full((1, 4), 0.25))
 
 
 def test_rows_say_what_they_were_measured_by(tmp_path):
@@ -499,3 +555,46 @@ def test_as_many_classes_of_which_one_is_another(photographs, tmp_path, capsys):
     (photographs / "test" / "airplane").rename(photographs / "test" / "zebra")
     assert main(["evaluate", "resnet20.bcos_cifar10", "--data", str(photographs), "--out", str(tmp_path / "o")]) == 2
     assert "there is no 'zebra'" in capsys.readouterr().err
+
+
+GAIN = 1.0
+
+
+def gained(model, x, target):
+    return GAIN * x.sum(1)
+
+
+class Gained:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, model, x, target):
+        return self.gain * x.sum(1)
+
+
+def test_objects_and_globals_are_part_of_a_function(tmp_path, monkeypatch):
+    metrics = (Perturbation("deletion", steps=2, count=3),)
+    for method in (Gained(1), gained):
+        evaluate(patches(), images(), metrics, (method,), out=tmp_path / type(method).__name__)
+        assert evaluate(patches(), images(), metrics, (method,), out=tmp_path / type(method).__name__, resume=True)
+    monkeypatch.setattr(sys.modules[__name__], "GAIN", -1.0)
+    for method in (Gained(-1), gained):
+        with pytest.raises(ValueError, match="`methods`"):
+            evaluate(patches(), images(), metrics, (method,), out=tmp_path / type(method).__name__, resume=True)
+
+
+def test_sheets_of_grey_networks_and_of_nothing_in_common(tmp_path):
+    data = [(torch.cat([x, 1 - x]), label) for x, label in ((torch.rand(1, 4, 4), k) for k in (0, 1, 2, 3, 4) * 3)]
+
+    class Grey(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :1].mean((2, 3)) * torch.arange(5.0)
+
+    result = Result("grid_pointing", "gradient", [
+        {"unit": 0, "cell": cell, "image": cell, "target": cell, "score": 0.25} for cell in range(4)
+    ], {"grid": 2})  # fmt: skip
+    assert example_sheet(Grey().eval(), data, [result], ["gradient"], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+    other = replace(result, rows=[row | {"unit": 1} for row in result.rows])
+    assert not example_sheet(Grey().eval(), data, [result, other], ["gradient"] * 2, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -75,7 +75,7 @@ class StreamedImages(Dataset[Any]):
                 raise ImageError(f"image {index}: {error}") from error
         with torch.random.fork_rng(devices=()):
             key = (self._seed, self._epoch, index, repetition)
-            torch.manual_seed(random.Random(repr(key)).getrandbits(63))
+            torch.default_generator.manual_seed(random.Random(repr(key)).getrandbits(63))
             part: Image.Image = self._crop(_grey(read_image(image), self._transform.channels))
         return pixels(part), self.labels[index]
 

@@ -65,13 +65,21 @@ def integrated_gradients(
 
 @for_any_target
 def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """DeepLIFT from zeros (Shrikumar et al., ICML 2017) by captum: differences pass activations by the rescale rule."""
+    """DeepLIFT from zeros (Shrikumar et al., ICML 2017) by captum: differences pass activations by the rescale rule.
+
+    Raises:
+        ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
+    """
     return _hooked(captum_attr().DeepLift, model, x, target)
 
 
 @for_any_target
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive."""
+    """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive.
+
+    Raises:
+        ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
+    """
     return _hooked(captum_attr().GuidedBackprop, model, x, target)
 
 
@@ -79,9 +87,46 @@ def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, tar
     def one(twin: nn.Module, start: Tensor, classes: Tensor) -> Tensor:
         return engine(Chosen(twin, classes[:, None])).attribute(start, target=0)
 
+    twin = copied(model)
+    _check_activations(twin, x[:1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"captum\.")  # that it sets hooks, which it does on our copy
-        return each_target(one, copied(model), x, target)
+        return each_target(one, twin, x, target)
+
+
+def _check_activations(model: nn.Module, x: Tensor) -> None:
+    """Refuse a ReLU that is no module, on which captum's hooks cannot be set: the method would be the plain gradient.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    modules = 0
+
+    def count(_module: nn.Module, _inputs: Any) -> None:
+        nonlocal modules
+        modules += 1
+
+    handles = [each.register_forward_pre_hook(count) for each in model.modules() if isinstance(each, nn.ReLU)]
+    try:
+        with torch.enable_grad():
+            output = model(x.detach().clone().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen: set[Any] = set()
+    left = [output.grad_fn] if isinstance(output, Tensor) else []
+    relus = 0
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        relus += node.name().startswith("ReluBackward")
+        left += [following for following, _ in node.next_functions]
+    if relus > modules:
+        raise ValueError(
+            f"`method` needs each ReLU to be a module (`nn.ReLU`), {relus - modules} of {relus} in the network are not"
+        )
 
 
 @for_any_target

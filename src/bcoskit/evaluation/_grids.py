@@ -13,6 +13,15 @@ Protocol: TypeAlias = Literal["bcos", "rao"]
 THRESHOLDS = {"bcos": 0.5, "rao": 0.99}
 
 
+def check_grids(grid: int, count: int, protocol: str) -> None:
+    """Refuse what makes no grids; raises as `choose_grids`."""
+    if protocol not in THRESHOLDS:
+        raise ValueError(f"`protocol` (={protocol!r}) must be 'bcos' or 'rao'")
+    for name, value, lowest in (("grid", grid, 2), ("count", count, 1)):
+        if value < lowest:
+            raise ValueError(f"`{name}` (={value}) must be at least {lowest}")
+
+
 def choose_grids(
     ranking: Sequence[Row],
     *,
@@ -35,8 +44,9 @@ def choose_grids(
         seed: Of the draws.
 
     Raises:
-        ValueError: If there are too few confident images.
+        ValueError: If an argument is out of its range, or there are too few confident images.
     """
+    check_grids(grid, count, protocol)
     limit = THRESHOLDS[protocol] if threshold is None else threshold
     queues: dict[int, list[int]] = {}
     labels: dict[int, int] = {}

@@ -36,7 +36,7 @@ def attribute(model: nn.Module, x: Tensor, target: Any, method: Any = "bcos") ->
 
     Raises:
         ValueError: If the method is unknown, does not fit the network, or returns what are no finite contributions;
-            or if a target is out of range.
+            or if a target is out of range, of methods by name.
         TypeError: If an argument is of another type.
         ImportError: If the method needs a package that is not installed.
     """

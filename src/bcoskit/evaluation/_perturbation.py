@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from bcoskit._checks import check_evaluation_mode
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._methods import attribute
-from bcoskit.evaluation._probabilities import probabilities_of
+from bcoskit.evaluation._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._result import Result, Row
 
 Baseline: TypeAlias = Literal["zero", "mean", "blur"]
@@ -55,10 +56,16 @@ def perturbation_curve(
         Probabilities (N, steps + 1).
 
     Raises:
-        ValueError: If an argument is out of its range or does not fit.
+        ValueError: If an argument is out of its range or does not fit, the network is in training mode, or its logits
+            are not finite.
     """
+    check_evaluation_mode(model)
+    if target.shape != (len(x),):
+        raise ValueError(f"`target` has shape {tuple(target.shape)}, must be one class per sample, ({len(x)},)")
     if contributions.shape != (len(x), *x.shape[-2:]):
         raise ValueError(f"`contributions` have shape {tuple(contributions.shape)}, must be one per pixel of `x`")
+    if not bool(contributions.isfinite().all()):
+        raise ValueError("`contributions` hold values that are not finite, which have no order")
     if patch < 1 or x.shape[-1] % patch or x.shape[-2] % patch:
         raise ValueError(f"`patch` (={patch}) must divide the sides of `x`, {tuple(x.shape[-2:])}")
     if steps < 1:
@@ -79,6 +86,7 @@ def perturbation_curve(
             first, second = (x[index], instead[index]) if insert else (instead[index], x[index])
             inputs = torch.where(changed, first, second)
             logits = torch.cat([model(part) for part in inputs.split(batch_size)])
+            check_classes([int(target[index])], logits)
             curves.append(probabilities_of(model, logits)[:, target[index]])
     return torch.stack(curves)
 
@@ -90,8 +98,8 @@ def _baseline(x: Tensor, baseline: Baseline) -> Tensor:
         return x.mean((2, 3), keepdim=True).expand_as(x)
     if baseline == "blur":
         side = min(x.shape[-2:])
-        sigma = max(side / 22, 0.5)  # 10 pixels of 224, as RISE blurs
-        width = min(2 * round(2 * sigma) + 1, side - 1 + side % 2)
+        sigma = max(side * 5 / 224, 0.5)  # RISE blurs photographs of 224 pixels by 5 pixels, cut off at 11
+        width = min(max(2 * round(side * 5 / 224) + 1, 3), side - 1 + side % 2)
         return gaussian_blur(x, [width, width], [sigma, sigma])
     raise ValueError(f"`baseline` (={baseline!r}) must be 'zero', 'mean' or 'blur'")
 
@@ -166,7 +174,8 @@ def deletion(
 ) -> Result:
     """Area under the probability while pixels vanish, the largest contributions first; low is good.
 
-    Petsiuk et al., RISE, BMVC 2018; Samek et al., 2017, for patches.
+    Petsiuk et al., RISE, BMVC 2018; Samek et al., 2017, for patches. The probability is a softmax where the network
+    has `loss = "cross_entropy"`, else a sigmoid.
 
     Args:
         model: A network in evaluation mode.

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcoskit._random import random_from
 from bcoskit.evaluation._method import Chosen, captum_attr, for_any_target
 from bcoskit.evaluation._probabilities import check_classes, probabilities_of
 
 SEED = 42  # of the masks of RISE, LIME and KernelSHAP
+_FEWEST_SEGMENTS = 8
 
 
 @for_any_target
@@ -122,7 +124,7 @@ def lime(
         x: Inputs (N, C, H, W).
         target: Classes (N, K).
         count: Number of samples, the same for all targets of an image.
-        kernel_size: Of quickshift.
+        kernel_size: Of quickshift; halved, down to 1, as long as there are fewer than 8 segments.
         features: Number of segments that are shown.
         batch_size: Samples that are computed at once.
         seed: Of the samples.
@@ -163,7 +165,7 @@ def kernel_shap(
         x: Inputs (N, C, H, W).
         target: Classes (N, K).
         count: Number of samples, the same for all targets of an image.
-        kernel_size: Of quickshift.
+        kernel_size: Of quickshift; halved, down to 1, as long as there are fewer than 8 segments.
         batch_size: Samples that are computed at once.
         seed: Of the samples.
     """
@@ -186,7 +188,7 @@ def _by_segments(
     seed: int,
 ) -> Tensor:
     maps: list[Tensor] = []
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+    with torch.no_grad():
         for sample, classes in zip(x, target, strict=True):
             segments = _segments(sample, kernel_size)
             number = int(segments.max()) + 1
@@ -196,15 +198,15 @@ def _by_segments(
                 if number == 1:  # there is nothing to compare: all that is hidden counts
                     weights = forward(sample[None]) - forward(hidden)
                 else:
-                    torch.manual_seed(seed)
-                    weights = engine(forward).attribute(
-                        sample[None],
-                        baselines=hidden,
-                        feature_mask=segments[None, None],
-                        n_samples=count,
-                        perturbations_per_eval=batch_size,
-                        return_input_shape=False,
-                    )
+                    with random_from(seed, x.device):
+                        weights = engine(forward).attribute(
+                            sample[None],
+                            baselines=hidden,
+                            feature_mask=segments[None, None],
+                            n_samples=count,
+                            perturbations_per_eval=batch_size,
+                            return_input_shape=False,
+                        )
                 maps.append(shown(weights.flatten().to(x))[segments])
                 forward.next_target()
     return torch.stack(maps).unflatten(0, tuple(target.shape))
@@ -219,7 +221,12 @@ def _segments(sample: Tensor, kernel_size: int) -> Tensor:
     low, high = rgb.aminmax()
     if low < 0 or high > 1:  # of normalised channels
         rgb = (rgb - low) / (high - low)
-    found = quickshift(rgb.cpu().numpy(), kernel_size=kernel_size, max_dist=200, ratio=0.2, rng=SEED)
+    # Of small images the papers' kernel makes one segment, which says nothing: a narrower one finds parts.
+    width = kernel_size
+    found = quickshift(rgb.cpu().numpy(), kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
+    while int(found.max()) + 1 < _FEWEST_SEGMENTS and width > 1:
+        width //= 2
+        found = quickshift(rgb.cpu().numpy(), kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
     return torch.from_numpy(found).long().to(sample.device)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit.evaluation._accuracy import accuracy
-from bcoskit.evaluation._grids import THRESHOLDS, Protocol, choose_grids, make_grid
+from bcoskit.evaluation._grids import Protocol, check_grids, choose_grids, make_grid
 from bcoskit.evaluation._loop import item_of, run_metric, stacked
 from bcoskit.evaluation._methods import attribute
 from bcoskit.evaluation._result import Result, Row
@@ -38,11 +38,7 @@ class GridPointing:
     needs_method = True
 
     def __post_init__(self) -> None:
-        if self.protocol not in THRESHOLDS:
-            raise ValueError(f"`protocol` (={self.protocol!r}) must be 'bcos' or 'rao'")
-        for name, lowest in (("grid", 2), ("count", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least {lowest}")
+        check_grids(self.grid, self.count, self.protocol)
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise ValueError(f"`threshold` (={self.threshold}) must be a probability below 1")
         check_smooth(self.smooth)
@@ -98,7 +94,7 @@ class GridPointing:
     def _contributions(self, model: nn.Module, images: Tensor, target: Tensor, method: Any) -> Tensor:
         if self.window is None:
             return attribute(model, images, target, method)
-        stride = self.window // 2 if self.stride is None else self.stride
+        stride = max(self.window // 2, 1) if self.stride is None else self.stride
         return sliding(lambda x, classes: attribute(model, x, classes, method), images, target, self.window, stride)
 
 
@@ -187,12 +183,12 @@ def grid_scores(maps: Tensor, grid: int, smooth: int = 1, smallest_mass: float =
     check_smooth(smooth)
     if maps.ndim != 4 or maps.shape[1] != grid**2 or maps.shape[-1] % grid or maps.shape[-2] % grid:
         raise ValueError(f"`maps` of shape {tuple(maps.shape)} must be (N, {grid**2}, H, W) in {grid} x {grid} cells")
-    positive = smoothed(maps, smooth).clamp_min(0)
+    positive = smoothed(maps, smooth).clamp_min(0).double()  # sums of large contributions overflow otherwise
     cells = positive.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).sum((3, 5))  # N, target, row, column
     shares = cells.transpose(2, 3).flatten(2)
     total = shares.sum(2)
     own = shares.diagonal(dim1=1, dim2=2)
-    return torch.where(total > smallest_mass, own / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    return torch.where(total > smallest_mass, own / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0).to(maps.dtype)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
@@ -266,7 +262,7 @@ class EnergyPointing:
             )
         masks = stacked(model, [region_mask(item[2], x.shape[-2:]) for item in items])
         target = torch.tensor([item[1] for item in items], device=x.device)
-        positive = smoothed(attribute(model, x, target, method)[:, None], self.smooth).clamp_min(0)[:, 0]
+        positive = smoothed(attribute(model, x, target, method)[:, None], self.smooth).clamp_min(0)[:, 0].double()
         total, inside = positive.sum((1, 2)), (positive * masks).sum((1, 2))
         scores = torch.where(total > 0, inside / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0).tolist()
         return [

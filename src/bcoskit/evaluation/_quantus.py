@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from bcoskit._devices import device_of
 from bcoskit._explain import explain
 
 
@@ -26,8 +27,9 @@ def quantus_explain(
     Raises:
         ValueError: As `bcoskit.explain`.
     """
-    parameter = next(model.parameters())
-    x = torch.as_tensor(np.asarray(inputs)).to(parameter.device, parameter.dtype)
-    classes = torch.as_tensor(np.asarray(targets)).to(parameter.device, torch.int64)
+    device = device_of(model)
+    dtype = next(model.parameters(), torch.empty(0)).dtype
+    x = torch.as_tensor(np.asarray(inputs)).to(device, dtype)
+    classes = torch.as_tensor(np.asarray(targets)).to(device, torch.int64)
     found = explain(model, x, classes)
     return (found.weights * found.x).cpu().numpy()

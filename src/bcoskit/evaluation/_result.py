@@ -1,12 +1,13 @@
 """What a metric finds: rows, and their summary."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 Row: TypeAlias = dict[str, Any]
+_PARTED_BY = ("kind", "layer")  # columns of rows that have no common summary
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Result:
     rows: Sequence[Row]
     settings: Mapping[str, Any] = field(default_factory=dict)
     failures: Sequence[Failure] = ()
+
+    def parts(self) -> "dict[str, Result]":
+        """The rows of each kind or layer by its name, where they differ in what they measure; else all, by ""."""
+        column = next((name for name in _PARTED_BY if self.rows and name in self.rows[0]), None)
+        if column is None:
+            return {"": self}
+        names = dict.fromkeys(row[column] for row in self.rows)
+        return {name: replace(self, rows=tuple(row for row in self.rows if row[column] == name)) for name in names}
 
     @property
     def scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -22,12 +22,23 @@ from bcoskit._files import whole_file
 from bcoskit._fingerprint import fingerprint
 from bcoskit._processes import share
 from bcoskit.evaluation._accuracy import Accuracy
-from bcoskit.evaluation._loop import Metric, check_hopeful, chunks, item_of, measure_chunk, settings_of
+from bcoskit.evaluation._loop import (
+    Metric,
+    Part,
+    check_hopeful,
+    chunks,
+    in_turn,
+    item_of,
+    labels_of,
+    measure_chunk,
+    merged,
+    settings_of,
+)
 from bcoskit.evaluation._methods import METHODS, name_of, resolve
 from bcoskit.evaluation._result import Failure, Result, Row
 
 SETTINGS, PARTS = "settings.json", "parts"
-_REJECTED = "rejected"  # in the settings of a run that ended at its predictions, since its metrics do not fit them
+_REJECTED = "rejected"  # in the settings of a run that ended when its metrics and methods were tried
 _IMAGES_OF_ACCURACY = 512  # in one part
 _SAMPLED = 16  # images that tell datasets apart
 
@@ -106,20 +117,25 @@ def evaluate(
         "metrics": [{"metric": metric.name, **settings_of(metric)} for metric in wanted],
         "methods": [_identity(method) for method in methods],
         "batch_size": batch_size,
+        "loss": getattr(model, "loss", None),  # which says what its probabilities are
         "versions": {"bcoskit": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    _begin(out, settings, resume)
+    is_new = _begin(out, settings, resume)
     first = _job(Accuracy(), None, model, dataset, (), out, _IMAGES_OF_ACCURACY)
-    results = [_worked(first, model, dataset, progress)]
-    for metric in wanted:
-        for method in methods if metric.needs_method else (None,):
-            try:
-                job = _job(metric, method, model, dataset, results[0].rows, out, batch_size)
-            except ValueError:  # such as too few images for so many grids
-                _reject(out)
-                raise
-            results.append(_worked(job, model, dataset, progress))
-    return results
+    predictions = _worked(first, model, dataset, progress)
+    try:
+        jobs = [
+            _job(metric, method, model, dataset, predictions.rows, out, batch_size)
+            for metric in wanted
+            for method in (methods if metric.needs_method else (None,))
+        ]
+        for job in jobs:
+            _tried(job, model, dataset, progress)
+    except ValueError:  # such as too few images for so many grids, or a method that needs another network
+        if is_new:
+            _reject(out)
+        raise
+    return [predictions, *(_worked(job, model, dataset, progress) for job in jobs)]
 
 
 def _digests_of(dataset: Any) -> dict[str, Any]:
@@ -128,9 +144,9 @@ def _digests_of(dataset: Any) -> dict[str, Any]:
     An item that cannot be read has none: it may be mended before the run is resumed.
     """
     digests: dict[str, Any] = {}
-    labels, regions = getattr(dataset, "labels", None), getattr(dataset, "regions", None)
+    labels, regions = labels_of(dataset), getattr(dataset, "regions", None)
     if labels is not None:
-        digests["labels"] = _sha(torch.as_tensor(labels).to(torch.int64).cpu().numpy().tobytes())
+        digests["labels"] = _sha(labels.cpu().numpy().tobytes())
     if regions is not None:
         digests["regions"] = _sha(*map(_value_bytes, regions))
     for index in sorted({round(place * (len(dataset) - 1) / _SAMPLED) for place in range(_SAMPLED + 1)}):
@@ -156,14 +172,16 @@ def _sha(*parts: bytes) -> str:
 
 
 def _identity(method: Any) -> str:
-    """The name of a method, and of a function the digest of its code and of the values that it holds."""
+    """The name of a method, and of a function the digest of its code and of the values that it holds and names."""
     inner = method
     held: list[Any] = []
     while isinstance(inner, partial):
         held += [inner.args, sorted(inner.keywords.items())]
         inner = cast("Any", inner.func)
-    code = getattr(inner, "__code__", None)
-    if code is None or isinstance(method, str) or inner in METHODS.values():
+    if not isinstance(inner, FunctionType):  # an object that is called like one
+        held.append(sorted(getattr(inner, "__dict__", {}).items()))
+        inner = None if hasattr(inner, "attribute") else type(inner).__call__
+    if not isinstance(inner, FunctionType) or inner in METHODS.values():
         return name_of(method)
     return f"{name_of(method)} {_sha(_function_bytes(inner), *map(_value_bytes, held))[:8]}"
 
@@ -173,8 +191,16 @@ def _function_bytes(function: Any, callers: tuple[Any, ...] = ()) -> bytes:
         return b"itself"
     # A cell may be empty, of a name that is not assigned yet.
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    held = (*cells, function.__defaults__, function.__kwdefaults__)
+    named = [function.__globals__.get(name) for name in sorted(_names_in(function.__code__))]
+    # Functions of other modules, such as those of torch, go with their versions.
+    own = [each for each in named if not isinstance(each, FunctionType) or each.__module__ == function.__module__]
+    held = (*cells, function.__defaults__, function.__kwdefaults__, *own)
     return _code_bytes(function.__code__) + _value_bytes(held, (*callers, function))
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*inner)
 
 
 def _code_bytes(code: CodeType) -> bytes:
@@ -201,17 +227,19 @@ def _value_bytes(value: Any, callers: tuple[Any, ...] = ()) -> bytes:
     return type(value).__qualname__.encode()
 
 
-def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
+def _begin(out: Path, settings: dict[str, Any], resume: bool) -> bool:
+    """Make the folder of a run, or find that of the run that goes on; whether nothing is in it that must be kept."""
     file, parts = out / SETTINGS, out / PARTS
     rank, processes = share()
     now = json.loads(json.dumps(settings, default=_plain))
+    is_new = True
     if file.exists():
         before = _settings_before(file)
-        rejected = processes == 1 and before.get(_REJECTED, False)
+        is_new = rejected = processes == 1 and before.get(_REJECTED, False)
         if not resume and processes == 1 and not rejected:
             raise ValueError(f"`out` (={str(out)!r}) holds a run already; `resume` it, or choose another folder")
-        changed = [key for key in now if not _agree(before.get(key), now[key])]
-        if rejected and {*changed} - {"metrics", "methods", "batch_size"}:  # its predictions are others
+        changed = [key for key in now if not _agree(before.get(key, now[key]), now[key])]  # earlier ones had fewer
+        if rejected and {*changed} - {"metrics", "methods"}:  # what it has measured is of something else
             shutil.rmtree(parts, ignore_errors=True)
         elif changed and not rejected:
             raise ValueError(
@@ -227,6 +255,7 @@ def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
             found = _read_part(part)
             if found is None or found[1]:  # what has failed may succeed now
                 part.unlink(missing_ok=True)
+    return is_new
 
 
 def _settings_before(file: Path) -> dict[str, Any]:
@@ -238,9 +267,9 @@ def _settings_before(file: Path) -> dict[str, Any]:
 
 
 def _reject(out: Path) -> None:
-    """Leave the folder of a run that has measured nothing but its predictions to one with other settings."""
+    """Leave the folder of a run whose metrics or methods do not fit to one with others, which takes what is done."""
     _, processes = share()
-    if processes == 1 and all(part.parent.name.startswith(Accuracy.name) for part in (out / PARTS).glob("*/*.json")):
+    if processes == 1:
         write_text(out / SETTINGS, json.dumps(_settings_before(out / SETTINGS) | {_REJECTED: True}, indent=2) + "\n")
 
 
@@ -264,7 +293,7 @@ def _job(
     metric: Metric, method: Any, model: nn.Module, dataset: Any, ranking: Sequence[Row], out: Path, size: int
 ) -> _Job:
     units = metric.units(model, dataset, ranking)
-    label = f"{metric.name}-{name_of(method)}" if metric.needs_method else metric.name
+    label = f"{metric.name}-{_identity(method)}" if metric.needs_method else metric.name
     known = json.dumps([label, settings_of(metric), repr(units)], default=_plain)
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", label)[:60]
     folder = out / PARTS / f"{readable}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
@@ -273,35 +302,52 @@ def _job(
 
 
 def _worked(job: _Job, model: nn.Module, dataset: Any, progress: Progress | None) -> Result:
-    """Do what is missing of a job, the own share first, and collect all of it."""
-    rank, processes = share()
-    own = range(rank, len(job.parts), processes)
-    others = [index for index in reversed(range(len(job.parts))) if index % processes != rank]
-    found: dict[int, tuple[list[Row], list[Failure]]] = {}
-    for index in (*own, *others):
-        part = _read_part(job.file(index))
-        if part is None:
-            part = measure_chunk(job.metric, model, dataset, job.units, job.parts[index], job.method)
-            _check(found, part, len(job.units))
-            _write_part(job.file(index), *part)
-        found[index] = part
+    """Do what is missing of a job, and collect all of it."""
+    found: dict[int, Part] = {}
+    check_hopeful(found, len(job.units))
+    for index in _turns(job):
+        found[index] = _part(job, index, model, dataset)
+        check_hopeful(found, len(job.units))
         if progress is not None:
             progress(job.name, sum(len(job.parts[done]) for done in found), len(job.units))
-    rows = [row for index in sorted(found) for row in found[index][0]]
-    failures = [failure for index in sorted(found) for failure in found[index][1]]
-    check_hopeful(rows, failures, len(job.units))
+    rows, failures = merged(found)
     method = name_of(job.method) if job.metric.needs_method else None
     return Result(job.metric.name, method, tuple(rows), settings_of(job.metric), tuple(failures))
 
 
-def _check(
-    found: dict[int, tuple[list[Row], list[Failure]]], part: tuple[list[Row], list[Failure]], total: int
-) -> None:
-    every = [*found.values(), part]
-    check_hopeful([row for rows, _ in every for row in rows], [each for _, failed in every for each in failed], total)
+def _tried(job: _Job, model: nn.Module, dataset: Any, progress: Progress | None) -> None:
+    """Measure some parts from all over until one succeeds, so that what does not fit is told before the long work.
+
+    Raises:
+        ValueError: If none does, all for the same reason.
+    """
+    found: dict[int, Part] = {}
+    for index in _turns(job):
+        found[index] = _part(job, index, model, dataset)
+        check_hopeful(found, len(job.units))
+        if progress is not None:
+            progress(job.name, sum(len(job.parts[done]) for done in found), len(job.units))
+        if found[index][0]:
+            return
 
 
-def _read_part(file: Path) -> tuple[list[Row], list[Failure]] | None:
+def _turns(job: _Job) -> list[int]:
+    """The parts of a job in the order in which this process works on them, its own share first."""
+    rank, processes = share()
+    others = [index for index in reversed(range(len(job.parts))) if index % processes != rank]
+    return [*in_turn(range(rank, len(job.parts), processes)), *others]
+
+
+def _part(job: _Job, index: int, model: nn.Module, dataset: Any) -> Part:
+    """What is found of a part, by this run or earlier."""
+    part = _read_part(job.file(index))
+    if part is None:
+        part = measure_chunk(job.metric, model, dataset, job.units, job.parts[index], job.method)
+        _write_part(job.file(index), *part)
+    return part
+
+
+def _read_part(file: Path) -> Part | None:
     """What an earlier run, or another process, has found; None if that is missing or damaged."""
     try:
         content = json.loads(file.read_text())

@@ -4,16 +4,20 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
+from bcoskit._random import random_from
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._methods import METHODS, attribute, resolve
+from bcoskit.evaluation._probabilities import check_classes
 from bcoskit.evaluation._result import Result, Row
+
+_Layer: TypeAlias = tuple[str, nn.Module, Callable[[], object]]  # its path, and what makes its weights random
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,15 @@ class Randomization(DrawnImages):
         """The correlation of each image's explanations after each layer."""
         x, target = inputs_and_targets(model, dataset, units, self.explained)
         original = attribute(model, x, target, method)
+        _check_not_empty(original, units)
         tables = [
             {"layer": [path] * len(x), "score": spearman(original, attribute(changed, x, target, method)).tolist()}
-            for path, changed in randomized(model, self.seed)
+            for path, changed in randomized(model, self.seed, x=x[:1])
         ]
         return image_rows(units, target, *tables)
 
 
-def randomized(model: nn.Module, seed: int = 42) -> Iterator[tuple[str, nn.Module]]:
+def randomized(model: nn.Module, seed: int = 42, *, x: Tensor | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Copies of a network in which more and more layers, from the output to the input, have random weights.
 
     Every layer that has a `reset_parameters` and parameters of its own is filled by it; torch's attention likewise.
@@ -42,6 +47,8 @@ def randomized(model: nn.Module, seed: int = 42) -> Iterator[tuple[str, nn.Modul
     Args:
         model: The network; it is not changed.
         seed: Of the weights.
+        x: An input, by which the layers are brought into the order in which they run, those that do not run last;
+            without one they are in the order in which the network registers them.
 
     Yields:
         The path of the layer that was filled last, and the copy, which the next step changes again.
@@ -57,12 +64,29 @@ def randomized(model: nn.Module, seed: int = 42) -> Iterator[tuple[str, nn.Modul
     ]
     if not layers:
         raise ValueError("`model` has no layer with `reset_parameters`: its weights cannot be randomised")
+    if x is not None:
+        layers = _as_they_run(changed, layers, x)
     for number, (path, layer, reset) in enumerate(reversed(layers)):
         device = next(layer.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + number)
+        with random_from(seed + number, device):
             reset()
         yield path, changed
+
+
+def _as_they_run(model: nn.Module, layers: Sequence[_Layer], x: Tensor) -> list[_Layer]:
+    order: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        order.setdefault(module, len(order))
+
+    handles = [module.register_forward_pre_hook(note) for _, module, _ in layers]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(layers, key=lambda layer: order.get(layer[1], -1))
 
 
 def _reset_of(module: Any) -> Callable[[], object] | None:
@@ -123,6 +147,12 @@ def _ranks(values: Tensor) -> Tensor:
     return (below + through).double() / 2
 
 
+def _check_not_empty(maps: Tensor, units: Sequence[int]) -> None:
+    for unit, found in zip(units, (maps != 0).flatten(1).any(1).tolist(), strict=True):
+        if not found:
+            raise ValueError(f"image {unit}: its explanation is 0 everywhere, and has no measure")
+
+
 @dataclass(frozen=True)
 class Stability(DrawnImages):
     """The change of explanations under small changes of the image: see `stability`."""
@@ -150,10 +180,7 @@ class Stability(DrawnImages):
         ]
         if 2 * self.shift >= min(x.shape[-2:]):
             raise ValueError(f"`shift` (={self.shift}) leaves nothing of {x.shape[-1]}x{x.shape[-2]} pixels to compare")
-        empty = (original == 0).flatten(1).all(1)
-        if bool(empty.any()):
-            number = units[int(empty.nonzero()[0])]
-            raise ValueError(f"image {number}: its explanation is 0 everywhere, and has no measure")
+        _check_not_empty(original, units)
         inner = slice(self.shift, -self.shift)
         by_shift = [
             relative_change(
@@ -171,9 +198,9 @@ class Stability(DrawnImages):
 
 def relative_change(original: Tensor, other: Tensor) -> Tensor:
     """`‖other - original‖₂ / ‖original‖₂` of maps (N, ...): (N,); infinite where only the original is 0."""
-    change = (other - original).flatten(1).norm(dim=1)
-    norm = original.flatten(1).norm(dim=1)
-    return torch.where(change > 0, change / norm, 0.0)
+    first, second = original.double(), other.double()  # squares of small contributions vanish in single precision
+    change = (second - first).flatten(1).norm(dim=1)
+    return torch.where(change > 0, change / first.flatten(1).norm(dim=1), 0.0)
 
 
 def _noisy(x: Tensor, units: Sequence[int], noise: float, seed: tuple[int, int]) -> Tensor:
@@ -251,8 +278,10 @@ class Completeness(DrawnImages):
         else:
             total = attribute(model, x, target, method).flatten(1).sum(1)
             with torch.no_grad():
-                logit = model(x).gather(1, target[:, None]).squeeze(1)
-                constant = model(torch.zeros_like(x)).gather(1, target[:, None]).squeeze(1)
+                logits, constants = model(x), model(torch.zeros_like(x))
+            for each in (logits, constants):
+                check_classes((), each)
+            logit, constant = (each.gather(1, target[:, None]).squeeze(1) for each in (logits, constants))
         largest = torch.stack([logit, constant, total]).abs().amax(0)
         gap = (logit - constant - total).abs() / largest.clamp_min(torch.finfo(largest.dtype).tiny)
         columns = {"score": gap, "logit": logit, "constant": constant, "contributions": total}

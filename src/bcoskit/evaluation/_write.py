@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bcoskit import viz
 from bcoskit._files import whole_file
@@ -18,6 +18,7 @@ from bcoskit.evaluation._loop import stacked
 from bcoskit.evaluation._methods import attribute, name_of
 from bcoskit.evaluation._result import Result, Row
 from bcoskit.evaluation._run import SETTINGS, table_rows, write_text
+from bcoskit.viz._pictures import photograph
 
 _CURVES = {"deletion", "insertion", "perturbation"}
 PERCENTILES = (10, 30, 50, 70, 90)
@@ -48,7 +49,12 @@ def write_results(results: Sequence[Result], out: Path) -> dict[str, Any]:
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(out / "summary.md", markdown(summary))
     for name, chosen in _by_metric(results).items():
-        box_plot(chosen, out / f"{name}.png")
+        if chosen[0].metric == "randomization":
+            layer_plot(chosen, out / f"{name}.png")
+            continue
+        boxes = [(result.method, part, rows) for result in chosen for part, rows in result.parts().items()]
+        labels = [f"{method}, {part}" if part else str(method) for method, part, _ in boxes]
+        box_plot([rows for _, _, rows in boxes], out / f"{name}.png", labels=labels)
         if chosen[0].metric in _CURVES:
             curve_plot(chosen, out / f"{name}_curves.png")
     return summary
@@ -69,9 +75,10 @@ def _by_metric(results: Sequence[Result]) -> dict[str, list[Result]]:
 def summary_of(results: Sequence[Result], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings, accuracy, and one line per metric and method."""
     lines = [
-        {"metric": name, "method": result.method, **result.summary(), "failures": len(result.failures)}
+        {"metric": name, "part": part, "method": result.method, **rows.summary(), "failures": len(result.failures)}
         for name, chosen in _by_metric(results).items()
         for result in chosen
+        for part, rows in result.parts().items()
     ]
     failures = [
         {"metric": result.metric, "method": result.method, "unit": failure.unit, "reason": failure.reason}
@@ -80,6 +87,11 @@ def summary_of(results: Sequence[Result], settings: dict[str, Any]) -> dict[str,
     ]
     figures = accuracy_figures(results[0].rows)
     return {**settings, "accuracy": figures, "results": lines, "failures": failures}
+
+
+def title_of(line: dict[str, Any]) -> str:
+    """The metric of a line of a summary, and the kind or layer that it is of."""
+    return ", ".join(filter(None, (line["metric"], line["part"])))
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -96,7 +108,7 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += ["", "| metric | method | rows | median | 95 % interval | quartiles | mean | failed |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {line['metric']} | {line['method']} | {line['count']} | {line['median']:.4g} "
+            f"| {title_of(line)} | {line['method']} | {line['count']} | {line['median']:.4g} "
             f"| {line['interval_low']:.4g} to {line['interval_high']:.4g} "
             f"| {line['first_quartile']:.4g} to {line['third_quartile']:.4g} "
             f"| {line['mean']:.4g} | {line['failures']} |"
@@ -126,6 +138,20 @@ def box_plot(results: Sequence[Result], file: Path, *, labels: Sequence[str] | N
     if results[0].metric in _CHANCE:
         axis.axhline(_CHANCE[results[0].metric](results[0].settings), color="grey", linestyle=":", linewidth=1)
         axis.set_ylim(0, 1)
+    _save(figure, file)
+
+
+def layer_plot(results: Sequence[Result], file: Path) -> None:
+    """Median rank correlation after each layer that is made random, from the output to the input, a line per result."""
+    layers = list(results[0].parts())
+    figure, axis = _figure(max(4.0, 0.3 * len(layers) + 2), 3.6)
+    for result in results:
+        medians = [part.median for part in result.parts().values()]
+        axis.plot(range(len(medians)), medians, marker="o", markersize=3, label=str(result.method).replace("_", " "))
+    axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axis.set(ylabel="rank correlation, median", ylim=(-1, 1), title="random from here to the output")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7)
     _save(figure, file)
 
 
@@ -162,7 +188,7 @@ def example_sheet(
     file: Path,
     *,
     percentiles: Sequence[float] = PERCENTILES,
-) -> None:
+) -> bool:
     """Grids of the pointing game that percentiles of the first method's scores choose, explained by every method.
 
     A row per percentile of the mean score of a grid: the grid, the cell that is explained framed, and the contribution
@@ -175,6 +201,9 @@ def example_sheet(
         methods: The methods themselves.
         file: The picture that is written.
         percentiles: From 0 to 100.
+
+    Returns:
+        Whether there is a grid that every method was measured on; without one nothing is written.
     """
     everywhere = set[int].intersection(*({row["unit"] for row in result.rows} for result in results))
     by_unit: dict[int, list[Row]] = {}
@@ -182,6 +211,8 @@ def example_sheet(
         if row["unit"] in everywhere:
             by_unit.setdefault(row["unit"], []).append(row)
     means = {unit: float(np.mean([row["score"] for row in rows])) for unit, rows in by_unit.items()}
+    if not means:
+        return False
     wanted = np.percentile(list(means.values()), percentiles)
     units: list[int] = []
     for value in wanted[: len(means)]:
@@ -193,7 +224,7 @@ def example_sheet(
         row = min(rows, key=lambda each: abs(each["score"] - means[unit]))
         cells = stacked(model, [dataset[each["image"]][0] for each in rows])
         grid = make_grid(cells[None])
-        line[0].imshow(_shown(grid[0]))
+        line[0].imshow(photograph(grid[0]))
         line[0].set_ylabel(f"{percentile:g} %", fontsize=8)
         for axis, method, result in zip(line[1:], methods, results, strict=True):
             contributions = attribute(model, grid, torch.tensor([row["target"]], device=grid.device), method)
@@ -206,13 +237,7 @@ def example_sheet(
             axis.add_patch(_frame(corner, size))
             axis.set(xticks=[], yticks=[])
     _save(figure, file)
-
-
-def _shown(x: Tensor) -> Any:
-    """An encoded or normalised image as RGB."""
-    rgb = x[:3].movedim(0, -1).cpu()
-    low, high = rgb.aminmax()
-    return ((rgb - low) / (high - low) if low < 0 or high > 1 else rgb).numpy()
+    return True
 
 
 def _grid_figure(rows: int, columns: int) -> Any:

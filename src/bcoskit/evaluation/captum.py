@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from captum.attr import Attribution
-from torch import Tensor, nn
+from torch import nn
 
 from bcoskit._explain import explain
 
@@ -36,19 +36,23 @@ class BcosAttribution(Attribution):
         super().__init__(forward_func)
 
     @_unwrappable
-    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+    def attribute(self, inputs: Any, target: Any = None) -> Any:
         """The contributions of all entries.
 
         Args:
-            inputs: Inputs (N, *shape).
+            inputs: Inputs (N, *shape), or a tuple of one such tensor, as captum allows.
             target: One class for all samples, or one per sample; None for each sample's largest logit.
 
         Returns:
-            (N, *shape). They add up to the logit, but for the share of constants.
+            (N, *shape), in a tuple if the inputs are. They add up to the logit, but for the share of constants.
 
         Raises:
             ValueError: As `bcoskit.explain`.
         """
+        if isinstance(inputs, tuple):
+            if len(inputs) != 1:
+                raise ValueError(f"`inputs` holds {len(inputs)} tensors, an explanation is of one")
+            return (self.attribute(inputs[0], target),)
         found = explain(self.forward_func, inputs.detach(), target)
         return found.weights * found.x
 

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
 from bcoskit._processes import is_first
+from bcoskit._random import random_from
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.data._datasets import NoSplitError
@@ -110,8 +111,7 @@ class Aligner(Learner):
             RuntimeError: If it is not finite, before the step that it would spoil.
         """
         images, _ = batch
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed_of(self.seed, self.current_epoch, batch_index))
+        with random_from(seed_of(self.seed, self.current_epoch, batch_index)):
             augmented = torch.stack([self._augment(image) for image in images])
         student, teacher = self._outputs(augmented)
         return self.checked(alignment_loss(student, teacher))
@@ -254,8 +254,7 @@ def align(
             raise ValueError(f"`{name}` (={value}) must be above 0")
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+    with random_from(seed):
         original = create_model(teacher, weights=given(weights))
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)

@@ -9,6 +9,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torchvision.transforms import v2
 
+from bcoskit._random import random_from
 from bcoskit.data import random_crop_flip
 from bcoskit.training._options import Augmentation
 
@@ -38,9 +39,8 @@ def augment(
     count = len(images)
     seeds = torch.randint(2**62, (count * part[1],), generator=generator)[count * part[0] :].tolist()
     changed: list[Tensor] = []
-    with torch.random.fork_rng(devices=()):
-        for image, seed in zip(images, seeds, strict=False):
-            torch.manual_seed(seed)
+    for image, seed in zip(images, seeds, strict=False):
+        with random_from(seed):
             changed.append(transform(image))
     return torch.stack(changed)
 

@@ -4,10 +4,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import nn
 
 from bcoskit._processes import is_first
+from bcoskit._random import random_from
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import InMemoryImages
 from bcoskit.models import ModelRow, Network, save_model
@@ -288,8 +288,7 @@ def _network(
     seed: int,
 ) -> tuple[Network, GradualConversion | None]:
     """The network that is trained, and its conversion if that is gradual."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+    with random_from(seed):
         network: nn.Module = begin(name, start, row, classes, fine_tuning.fresh_head)
         moving = GradualConversion(network, config) if config is not None and gradual else None
         if moving is not None:

@@ -161,6 +161,15 @@ def overlay(
     return _as_picture((1 - share) * below + share * above[..., :3])
 
 
+def photograph(x: torch.Tensor) -> Picture:
+    """The image of an encoded or normalised input (C, H, W), as RGB (H, W, 3)."""
+    rgb = x[:3] if len(x) in (3, 6) else x[:1].expand(3, *x.shape[1:])
+    low, high = rgb.aminmax()
+    if low < 0 or high > 1:
+        rgb = (rgb - low) / (high - low if high > low else 1)
+    return _as_picture(rgb.movedim(0, -1))
+
+
 def on_white(rgba: Array | Image.Image) -> Picture:
     """Lays an RGBA picture `(..., H, W, 4)` on white: `1 - a + a * rgb`, of shape `(..., H, W, 3)`.
 
