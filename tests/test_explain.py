@@ -702,3 +702,145 @@ def test_shares_complete_the_value_of_their_own_pass():
     found = bcoskit.explain(network, bcoskit.encode(torch.rand(3, 3, 6, 6)), shares=True)
     assert float(found.residual.abs().max()) < 1e-6
     assert torch.allclose(found.contributions.sum((1, 2)), found.value, rtol=1e-5)
+
+
+def small():
+    torch.manual_seed(3)
+    layers = [bnn.BcosConv2d(6, 4, 3, padding=1), nn.SiLU(), bnn.BcosConv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten()).double().eval()
+
+
+@pytest.mark.parametrize("outer", [{}, {"create_graph": True}, {"products": "first"}])
+def test_modes_within_modes_have_complete_derivatives(outer):
+    network, x = small(), torch.rand(2, 6, 8, 8, dtype=torch.float64)
+
+    def derivative(explanation):
+        return torch.autograd.grad(explanation.weights.square().sum(), network[0].weight)[0]
+
+    expected = derivative(bcoskit.explain(network, x, 0, create_graph=True))
+    with bcoskit.explanation_mode(**outer):
+        explanation = bcoskit.explain(network, x, 0, create_graph=True)
+    torch.testing.assert_close(derivative(explanation), expected)
+    with bcoskit.explanation_mode(**outer):
+        inside = bcoskit.explain(network, x, 0).weights  # a mode without a graph within is as before
+    torch.testing.assert_close(inside, explanation.weights.detach())
+    assert expected.abs().max() > 1e-6
+
+
+def test_parameters_that_are_read_without_a_graph_keep_theirs():
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4, bias=False), bnn.BcosLinear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.first.weight.norm()
+            return self.second(self.first(x))
+
+    network = Watched().eval()
+    bcoskit.explain(network, torch.rand(2, 6), 0, create_graph=True).weights.square().sum().backward()
+    assert network.first.weight.grad.abs().max() > 1e-3
+
+
+def test_parameters_may_be_changed_inside():
+    layer = nn.Linear(3, 1)
+    with bcoskit.explanation_mode(create_graph=True):
+        nn.init.ones_(layer.weight)
+        layer.bias.requires_grad_(False)
+    with bcoskit.explanation_mode():
+        layer.weight.requires_grad_(False)
+    assert layer.weight.tolist() == [[1, 1, 1]]
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_that_depend_on_the_input_are_factors(normalize):
+    class Hyper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.made = nn.Linear(6, 24, bias=False)
+
+        def forward(self, x):
+            return bcoskit.functional.bcos_linear(x, self.made(x[0]).reshape(4, 6), normalize_weight=normalize)
+
+    network, x = Hyper().eval(), torch.rand(1, 6)
+    split, first = (bcoskit.explain(network, x, 0, products=products) for products in ("split", "first"))
+    with_graph = bcoskit.explain(network, x, 0, create_graph=True).weights
+    torch.testing.assert_close(split.weights, with_graph.detach())
+    assert (split.weights - first.weights).abs().max() > 1e-3
+    for each in (split, first):
+        torch.testing.assert_close(each.contributions.sum(), each.value[0])
+    with pytest.raises(bcoskit.NotLinearError, match="multiplies two"):
+        bcoskit.explain(network, x, 0, products="error")
+
+
+def test_statistics_of_the_batch_are_refused_by_the_fast_way_too():
+    norm = bnn.BatchNorm(6, centered=True, track_running_stats=False)
+    network = nn.Sequential(norm, bnn.BcosConv2d(6, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    for options in ({}, {"create_graph": True}, {"shares": True}):
+        with pytest.raises(bcoskit.NotLinearError, match="statistics of the batch"):
+            bcoskit.explain(network, torch.rand(3, 6, 5, 5), 0, **options)
+
+
+def test_functions_are_asked_of_the_whole_batch():
+    network, x = nn.Sequential(bnn.BcosConv2d(6, 3, 3, padding=1)).eval(), torch.rand(3, 6, 5, 5)
+    asked = []
+
+    def where(output):
+        asked.append(len(output))
+        return (0, *divmod(int(output[0, 0].argmax()), 5))
+
+    plain, completed = (bcoskit.explain(network, x, where, shares=shares) for shares in (False, True))
+    torch.testing.assert_close(plain.value, completed.value)
+    assert completed.residual.abs().max() < 1e-5
+    assert set(asked) == {3}
+
+
+def test_what_comes_before_the_input_is_not_audited():
+    network = small().float()
+    patch = torch.rand(2, 6, 2, 2, requires_grad=True)
+    x = torch.rand(2, 6, 8, 8)
+    x[:, :, 2:4, 2:4] = patch
+    first = bcoskit.explain(network, x, 0, create_graph=True)
+    second = bcoskit.explain(network, x + (first.weights / first.weights.norm()).exp(), 0, create_graph=True)
+    second.weights.square().sum().backward()
+    assert patch.grad.abs().max() > 0
+    with pytest.raises(bcoskit.NotLinearError, match="digamma"):  # the control: behind the input it is
+        bcoskit.explain(lambda x: network(torch.digamma(x + 2)), x.detach(), 0, create_graph=True)
+
+
+def test_weights_of_attention_need_be_no_parameters():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), bnn.BcosLinear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.attention(x, x, x)[0].mean(1))
+
+    network, x = Attention().eval(), torch.rand(2, 5, 4)
+    fast = {name: values.detach().clone().requires_grad_() for name, values in network.named_parameters()}
+    found = bcoskit.explain(lambda x: torch.func.functional_call(network, fast, (x,)), x, 0)
+    torch.testing.assert_close(found.weights, bcoskit.explain(network, x, 0).weights)
+
+
+@pytest.mark.parametrize("way", ["copy", "add", "narrow"])
+def test_shares_of_constants_around_a_view_that_is_written_to(way):
+    class Padded(nn.Module):
+        def forward(self, x):
+            whole = torch.arange(1, 7).to(x.dtype).expand(len(x), 6).clone()
+            if way == "copy":
+                whole[:, :4].copy_(x)
+            elif way == "add":
+                whole[:, :4] += x
+            else:
+                whole.narrow(1, 0, 4).add_(x)
+            return whole.cumsum(1)
+
+    x = torch.rand(2, 4)
+    found = bcoskit.explain(Padded().eval(), x, 5, shares=True)
+    torch.testing.assert_close(sum(found.shares.values()), torch.full((2,), 11.0 if way == "copy" else 21.0))
+    assert found.residual.abs().max() < 1e-5
+    assert bcoskit.audit(Padded().eval(), x, 5).passed

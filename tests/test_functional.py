@@ -545,3 +545,16 @@ def test_gates_of_integers() -> None:
 def test_unknown_gate() -> None:
     with pytest.raises(ValueError, match=r"`name` \(='swish'\)"):
         F.gate(torch.zeros(1), "swish")
+
+
+def test_patch_norms_of_half_precision_do_not_overflow() -> None:
+    x = torch.full((1, 64, 4, 4), 300.0)
+    found = F.patch_norm(x.half(), 3)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), F.patch_norm(x, 3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("b", [1.0, 2.0])
+def test_groups_must_divide_outputs(b: float) -> None:
+    with pytest.raises(ValueError, match=r"`groups` \(=2\) must divide the 3 outputs"):
+        F.bcos_conv(torch.rand(1, 4, 5, 5), torch.rand(6, 2, 3, 3), b=b, max_out=2, groups=2)

@@ -229,6 +229,44 @@ class TestFrozen:
         assert not _trust.is_known(hooked)
 
 
+def test_several_gradients_at_once():
+    """`is_grads_batched` and vectorised Jacobians are what a loop over the gradients gives."""
+    x = torch.rand(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    vectors = torch.eye(6, dtype=torch.float64).reshape(6, 2, 3)
+    layers = [seeded(BcosConv2d, 6, 6, 3, padding=1, groups=2), seeded(BatchNorm, 6), seeded(BcosConv2d, 6, 3, 3)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    inputs = [x, *network.parameters()]
+    y = network(x)
+    together = torch.autograd.grad(y, inputs, vectors, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(y, inputs, vector, retain_graph=True) for vector in vectors), strict=True)
+    for found, expected in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert found.abs().max() > 1e-3
+    network.eval()
+    vectorized = torch.autograd.functional.jacobian(network, x, vectorize=True)
+    torch.testing.assert_close(vectorized, torch.autograd.functional.jacobian(network, x))
+
+
+def test_second_derivatives_at_the_edges():
+    layer = seeded(BcosLinear, 6, 4)
+    assert torch.autograd.gradgradcheck(layer, torch.rand(6, dtype=torch.float64, requires_grad=True))
+    norm = seeded(BatchNorm, 3).train()
+    x = torch.rand(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    norm.weight.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(lambda weight: torch.func.functional_call(norm, {"weight": weight}, x.detach()),
+                                        torch.rand(3, dtype=torch.float64, requires_grad=True))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_a_trace_serves_batches_of_any_size():
+    layer = BcosConv2d(3, 16, 3, padding=1).eval()
+    few, many = torch.rand(4, 3, 96, 96), torch.rand(8, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(layer, few)(many), layer(many))
+    torch.testing.assert_close(torch.jit.trace(layer, few)(many), layer(many))
+
+
 class Digamma(nn.Module):
     """Not linear, and without a rule."""
 

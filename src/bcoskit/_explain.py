@@ -299,7 +299,9 @@ def explain(
         raise not_linear(model, x, layers, products, found.faults)
     constants, whole, weights = None, found, found.weights
     if shares:
-        chosen = target if found.classes is None else found.classes
+        # A function is asked once, and of the whole batch.
+        positions = target(found.output.detach().clone()) if callable(target) and found.classes is None else target
+        chosen = positions if found.classes is None else found.classes
         completed = shares_of(model, x, chosen, found.others, layers, products)
         constants = completed.table
         if weights is None:

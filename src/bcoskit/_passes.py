@@ -36,7 +36,11 @@ def way(x: Tensor, weight: Tensor | None = None) -> Way:
     if not is_frozen():
         return "derivatives"
     mode = current_mode()
-    return "constants" if mode is None or mode.has_constant_factors else None
+    if mode is None:
+        return "constants"
+    if weight is not None and not isinstance(weight, torch.nn.Parameter) and mode.depends_on_input(weight):
+        return None  # a product of two factors that depend on the input, of which the mode knows what becomes
+    return "constants" if mode.has_constant_factors else None
 
 
 def is_eager(x: Tensor) -> bool:
@@ -44,6 +48,7 @@ def is_eager(x: Tensor) -> bool:
     device = x.device.type
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype in (torch.float32, torch.float64)
         and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
@@ -155,7 +160,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         output, reciprocal, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(gradient):
             return *_scaled_backward(gradient, output, reciprocal, weight, ctx.axis), None
         parts = Parts(output, ctx.axis, reciprocal.shape[ctx.axis])
         for_y = torch.empty_like(output)
@@ -174,6 +179,12 @@ class _Scaled(torch.autograd.Function):
         return for_y, parts.joined(sums, reciprocal), for_weight, None
 
 
+def _is_batched(*gradients: Tensor) -> bool:
+    """Whether these are several gradients at once (`is_grads_batched`), which nothing can be written into."""
+    batched: Any = getattr(torch._C, "_functorch")  # noqa: B009 - torch does not declare it
+    return any(batched.is_batchedtensor(each) or batched.is_legacy_batchedtensor(each) for each in gradients)
+
+
 def _is_wanted(ctx: Any, index: int) -> bool:
     """Whether the backward pass that runs asks for a gradient: one of inputs alone needs none of weights."""
     if not ctx.needs_input_grad[index]:
@@ -190,14 +201,16 @@ def _scaled_backward(
     """The derivatives by operations that have derivatives themselves."""
     axis, groups = axis % output.ndim, reciprocal.shape[axis]
     product = gradient * output
-    for_reciprocal = product.unflatten(axis, (groups, -1)).sum(axis + 1) / reciprocal
+    # By `reshape`, since there is no `unflatten` of several gradients at once.
+    grouped = product.reshape(*output.shape[:axis], groups, -1, *output.shape[axis + 1 :])
+    for_reciprocal = grouped.sum(axis + 1) / reciprocal
     relative = output.abs() * reciprocal.repeat_interleave(output.shape[axis] // groups, axis)
     # At 0 the root has no derivative; the product that it stands for has one, 0.
     slope = 2 * relative.clamp_min(torch.finfo(output.dtype).tiny).sqrt()
     if weight is None:
         return slope * gradient, for_reciprocal, None
     inverse = inverse_norm(weight)
-    along = product.movedim(axis, 0).flatten(1).sum(1)
+    along = product.movedim(axis, 0).reshape(output.shape[axis], -1).sum(1)
     for_weight = weight * inverse * (-2 * along.reshape(inverse.shape) * inverse)
     return slope * gradient * _per_channel(inverse, output, axis), for_reciprocal, for_weight
 
@@ -254,7 +267,8 @@ class _Convolved(torch.autograd.Function):
             twice = 2 * for_energy
             if groups > 1:
                 twice = twice.repeat_interleave(x.shape[1] // groups, 1)
-            for_x = for_x.addcmul(x, twice) if torch.is_grad_enabled() else for_x.addcmul_(x, twice)
+            fresh = not (torch.is_grad_enabled() or _is_batched(for_y, for_energy))
+            for_x = for_x.addcmul_(x, twice) if fresh else for_x.addcmul(x, twice)
         return for_x, for_weight, None, None, None, None
 
 
@@ -336,11 +350,18 @@ class _Uncentered(torch.autograd.Function):
         dims = (0, *range(2, x.ndim))
         if torch.is_grad_enabled():
             # A second derivative: the statistics depend on `x`, which plain operations know.
-            inputs = (x,) if weight is None else (x, weight)
             scale = torch.rsqrt(x.var(dims, correction=0) + ctx.eps)
             y = x * _per_channel(scale if weight is None else scale * weight, x)
-            found = torch.autograd.grad(y, inputs, gradient, create_graph=True)
-            return found[0], None if weight is None else found[1], None, None, None
+            inputs = [each if each is not None and each.requires_grad else None for each in (x, weight)]
+            given = [each for each in inputs if each is not None]
+            found = iter(torch.autograd.grad(y, given, gradient, create_graph=True))
+            return *(None if each is None else next(found) for each in inputs), None, None, None
+        if _is_batched(gradient):
+            along = (gradient * x).sum(dims)
+            factor = scale if weight is None else scale * weight
+            slope = -along * factor * scale.square() / (x.numel() // x.shape[1])
+            for_x = gradient * _per_channel(factor, x) + (x - _per_channel(mean, x)) * _per_channel(slope, x)
+            return for_x, None if weight is None else along * scale, None, None, None
         parts = Parts(x, 1)
         sums = [(grad * values).sum(parts.other_axes) for grad, values in parts.cut(gradient, x)]
         along = torch.stack(sums).sum(0).flatten()

@@ -142,6 +142,9 @@ def bcos_conv(
             "scale": scale,
         }
         return bcos_conv(x[None], weight, bias, **factors, **options, padding_mode=padding_mode)[0]
+    outputs, left = divmod(len(weight), max_out)
+    if groups > 0 and len(weight) % groups == 0 and not left and outputs % groups:  # which torch does not know
+        raise ValueError(f"`groups` (={groups}) must divide the {outputs} outputs of {max_out} rows of `weight` each")
     dims, kernel = weight.ndim - 2, weight.shape[2:]
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
     strides, steps = _per_dimension(stride, dims, "stride"), _per_dimension(dilation, dims, "dilation")
@@ -267,7 +270,8 @@ def patch_norm(
         if min(numbers) < 1:  # of a convolution torch checks it
             raise ValueError(f"`{name}` (={numbers}) must be at least 1")
     x, rest = _pad(x, kernel, stride, padding, dilation, padding_mode)
-    return torch.sqrt(_sums_over_windows(_energy(x, groups), kernel, strides, rest, steps) + eps)
+    energy = _energy(in_single_precision(x), groups)  # squares overflow in half precision
+    return torch.sqrt(_sums_over_windows(energy, kernel, strides, rest, steps) + eps).to(x.dtype)
 
 
 def max_out(y: Tensor, units: int, dim: int) -> Tensor:

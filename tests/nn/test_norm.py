@@ -396,3 +396,8 @@ def test_centered_norms_are_those_of_torch(dims: int) -> None:
     assert_near(norm.eval()(x), batch.eval()(x))
     for cls, groups in ((GroupNorm, 2), (InstanceNorm, 4), (LayerNorm, 1)):
         assert_near(cls(4, centered=True).double()(x), nn.GroupNorm(groups, 4).double()(x))
+
+
+def test_shapes_without_values() -> None:
+    norm = BatchNorm(6).to("meta").train()
+    assert norm(torch.rand(2, 6, 4, 4, device="meta")).shape == (2, 6, 4, 4)

@@ -64,10 +64,12 @@ class ConstantsMode(ExplanationMode):
             return output
         saturates = _saturates(func, args, kwargs)
         constants = iter([self._of_saturation(func, args, kwargs)] if saturates else self._at_zero(func, args, kwargs))
+        base = args[0]._base if args and isinstance(args[0], Tensor) and writes(func, kwargs) else None
+        was_constant = base is not None and not self.depends_on_input(base)
         output = super().natural(func, args, kwargs)
 
         def listen(tensor: Tensor) -> Tensor:
-            return self._listen(func, args, kwargs, tensor, next(constants))
+            return self._listen(func, args, kwargs, tensor, next(constants), was_constant)
 
         if output is None:  # as of `x[...] = y`, whose result is its first argument
             listen(args[0])
@@ -119,11 +121,12 @@ class ConstantsMode(ExplanationMode):
         kwargs: dict[str, Any],
         tensor: Tensor,
         constant: Tensor,
+        was_constant: bool,
     ) -> Tensor:
         """Collect the constant's share when a gradient arrives; the tensor with which the network goes on."""
         # An infinite constant (padding of a maximum) is never chosen: its gradient is 0.
         constant = torch.where(torch.isfinite(constant), constant, 0) if constant.is_floating_point() else constant
-        if not tensor.requires_grad or not bool(constant.any()):
+        if not tensor.requires_grad or not (was_constant or bool(constant.any())):
             return tensor
         name = self._responsible(func, args, kwargs, constant)
         listened = tensor
@@ -131,7 +134,8 @@ class ConstantsMode(ExplanationMode):
             # The gradient of a view that was written to arrives at its base.
             base = tensor._base
             assert base is not None
-            whole = torch.zeros_like(base)
+            # What was a constant around the view stays one, in a tensor that depends on the input from now on.
+            whole = base.detach().clone() if was_constant else torch.zeros_like(base)
             whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(constant)
             listened, constant = base, whole
         elif tensor._is_view():

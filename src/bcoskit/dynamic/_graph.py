@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit.dynamic._mode import (
+    START,
     WRITE,
     ExplanationMode,
     NotLinearError,
@@ -119,11 +120,11 @@ def violations(output: Tensor, mode: ExplanationMode) -> Iterator[Violation]:
     Yields:
         The violations, from the output towards the input.
     """
-    stack = [output.grad_fn]
+    stack: list[Any] = [output.grad_fn]
     seen: set[Any] = set()
     while stack:
-        node = stack.pop()
-        if node is None or node in seen or is_freeze(node):
+        node: Any = stack.pop()
+        if node is None or node in seen or is_freeze(node) or START in node.metadata:
             continue
         seen.add(node)
         reason = _fault(node, mode.marked)

@@ -41,8 +41,10 @@ def is_freeze(node: Any) -> bool:
     return isinstance(node, getattr(_FreezeFunction, "_backward_cls"))  # noqa: B009 - torch does not declare it
 
 
-# Notes in the metadata of graph nodes: what depends on any input, and on the one that was marked.
+# Notes in the metadata of graph nodes: that a write is ours, that the input begins there, and what depends on any
+# input, and on the one that was marked.
 WRITE = "bcoskit_write"
+START = "bcoskit_start"
 _CHECKPOINTING = (
     "activation checkpointing runs layers again in the backward pass, where their factors are not frozen: switch it off"
 )
@@ -64,6 +66,7 @@ class ExplanationMode(TorchFunctionMode):
         self.create_graph = create_graph
         self.marked = False
         self._depth = 0
+        self._inner_graphs = 0  # modes inside of this one whose frozen factors have a graph
         self._no_checkpoints: list[Any] = []
         self._frozen_parameters: dict[int, Tensor] = {}
 
@@ -79,6 +82,7 @@ class ExplanationMode(TorchFunctionMode):
             no_checkpoints = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING)
             no_checkpoints.__enter__()
             self._no_checkpoints.append(no_checkpoints)
+        self._count_in_outer_modes(1)
         super().__enter__()
         self._depth += 1
         return self
@@ -88,8 +92,17 @@ class ExplanationMode(TorchFunctionMode):
         if self._depth == 0:
             self._frozen_parameters.clear()
         super().__exit__(*exception)
+        self._count_in_outer_modes(-1)
         if not torch.compiler.is_compiling():
             self._no_checkpoints.pop().__exit__(*exception)
+
+    def _count_in_outer_modes(self, change: int) -> None:
+        if not self.create_graph:
+            return
+        for index in range(torch._C._len_torch_function_stack()):
+            mode = torch._C._get_function_stack_at(index)
+            if isinstance(mode, ExplanationMode):
+                mode._inner_graphs += change
 
     @property
     def has_constant_factors(self) -> bool:
@@ -105,7 +118,7 @@ class ExplanationMode(TorchFunctionMode):
     def start_at(self, tensor: Tensor) -> Tensor:
         """Say that the input is this tensor, which has a graph of its own, and no other leaf."""
         node: Any = tensor.grad_fn
-        node.metadata[_DEPENDS[True]] = True
+        node.metadata[_DEPENDS[True]] = node.metadata[START] = True
         self.marked = True
         return tensor
 
@@ -133,7 +146,7 @@ class ExplanationMode(TorchFunctionMode):
     ) -> Any:
         # What is read of a parameter, or assigned to one, is the parameter's own.
         compiling = torch.compiler.is_compiling()
-        if not compiling and (func in _PROPERTIES or getattr(func, "__name__", "") == "__set__"):
+        if not compiling and (func in _PROPERTIES or _is_of_parameter(func, args)):
             return func(*args, **(kwargs or {}))
         arguments, keywords = self._without_parameters(args, kwargs or {})
         return self._apply(func, arguments, keywords)
@@ -146,7 +159,7 @@ class ExplanationMode(TorchFunctionMode):
 
     def _any_live(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         # With `create_graph` frozen factors require gradients too, so that only their graph tells them apart.
-        test = self.depends_on_input if self.create_graph else requires_gradient
+        test = self.depends_on_input if self.create_graph or self._inner_graphs else requires_gradient
         return _any_tensor(args, test) or _any_tensor(kwargs.values(), test)
 
     def natural(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,7 +203,7 @@ class ExplanationMode(TorchFunctionMode):
 
     def _without_parameter(self, value: Any) -> Any:
         if isinstance(value, torch.nn.Parameter):
-            if not self.create_graph:
+            if not self.create_graph or not torch.is_grad_enabled():  # where a copy would never have a graph
                 return value.detach()
             # One node per parameter, however often a forward pass uses it.
             if id(value) not in self._frozen_parameters:
@@ -239,6 +252,14 @@ _PROPERTIES = frozenset(
     vars(torch._C.TensorBase)[name].__get__
     for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_leaf", "grad", "grad_fn")
 )
+_OWN = frozenset("requires_grad_ retain_grad register_hook register_post_accumulate_grad_hook".split())
+
+
+def _is_of_parameter(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__set__" or (name in _OWN and isinstance(args[0], torch.nn.Parameter))
+
+
 RULES: dict[Any, Handler] = {}
 """The one table of rules, by `rule_key`; `bcoskit.dynamic.rules` fills it."""
 OPERATIONS: set[Callable[..., Any]] = set()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from bcoskit import _passes
-from bcoskit.dynamic import NotLinearError, current_mode, freeze
+from bcoskit.dynamic import NotLinearError, freeze, is_frozen
 from bcoskit.dynamic._formulas import in_single_precision
 from bcoskit.functional import normalize
 
@@ -267,13 +267,14 @@ class RunningNorm(_Norm):
     def _fits_kernel(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether torch's batch norm has these statistics, in the precision of `x`."""
         parameters = (self.weight, self.bias, self.running_mean, self.running_var)
-        return len(dims) == x.ndim - 1 and all(values is None or values.dtype == x.dtype for values in parameters)
+        same = all(values is None or values.dtype == x.dtype for values in parameters)
+        return same and len(dims) == x.ndim - 1 and not x.is_meta
 
     def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
         count = math.prod([x.shape[dim] for dim in dims])
         if count < 2 and not self._is_shared():
             raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more")
-        if self.centered and current_mode() is not None:
+        if self.centered and is_frozen():
             raise NotLinearError(
                 "a centred norm with the statistics of the batch makes each output depend on all images; "
                 "call `model.eval()` first"
