@@ -844,3 +844,17 @@ def test_shares_of_constants_around_a_view_that_is_written_to(way):
     torch.testing.assert_close(sum(found.shares.values()), torch.full((2,), 11.0 if way == "copy" else 21.0))
     assert found.residual.abs().max() < 1e-5
     assert bcoskit.audit(Padded().eval(), x, 5).passed
+
+
+def test_a_layer_with_one_number_per_sample():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.squeeze = nn.Linear(4, 1), nn.Flatten(0)
+
+        def forward(self, x):
+            return torch.stack([self.squeeze(self.first(x)), torch.ones(len(x))], 1)
+
+    found = bcoskit.explain(Single().eval(), torch.rand(3, 4), 0, from_layer="squeeze")
+    torch.testing.assert_close(found.contributions, found.value)
+    torch.testing.assert_close(found.bias, torch.zeros(3))

@@ -63,7 +63,9 @@ class Explanation:
     @cached_property
     def bias(self) -> Tensor:
         """The share of the value that does not pass through the input, `value - Σ W(x)·x`, like `value`."""
-        return self.value - self.contributions.flatten(self.value.ndim).sum(-1)
+        products = self.contributions
+        single = products.ndim == self.value.ndim  # of an input with one number per sample
+        return self.value - (products if single else products.flatten(self.value.ndim).sum(-1))
 
     @cached_property
     def residual(self) -> Tensor | None:
