@@ -7,6 +7,9 @@
 written by `benchmarks/photographs.py`. Each network and method is a run of its own in `runs/evaluation`, the quick ones
 first, and goes on where it was cut off; several calls at once share the work. `--report` writes
 `docs/results/evaluation.*` of the runs that are finished.
+
+A B-cos network has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for B-cos
+layers, is Input x Gradient.
 """
 
 import argparse
