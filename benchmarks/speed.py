@@ -267,12 +267,14 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--layouts", nargs="+", choices=FORMATS, default=["last"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--budget", type=float, default=1.0, help="activation_memory_budget of torch's compiler")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", default="speed", help="of the files that are written")
     parser.add_argument("--check", type=Path, help="results of an earlier run")
     options = parser.parse_args()
+    torch._functorch.config.activation_memory_budget = options.budget
     settings = [
         Setting(network, work, mode, layout, dtype)
         for network in options.networks
