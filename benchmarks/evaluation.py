@@ -39,6 +39,7 @@ from bcoskit.evaluation import (
     example_sheet,
     write_results,
 )
+from bcoskit.evaluation._write import title_of
 
 RUNS = Path("runs", "evaluation")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -172,19 +173,20 @@ def report(options: argparse.Namespace) -> None:
 def _others(summaries: dict[str, Any]) -> list[str]:
     if not summaries:
         return []
-    # Of the sanity check what is left when every layer is random, which comes last.
-    columns = {(row["metric"], row["part"] if row["metric"] != "randomization" else "")
-               for row in next(iter(summaries.values()))["results"]}  # fmt: skip
-    ordered = sorted(columns, key=lambda column: ([metric.name for metric in OTHERS].index(column[0]), column[1]))
-    lines = ["| method | " + " | ".join(", ".join(filter(None, column)) for column in ordered) + " |"]
-    lines.append("|---|" + "---|" * len(ordered))
-    for method, summary in summaries.items():
-        medians = {
-            (row["metric"], row["part"] if row["metric"] != "randomization" else ""): row["median"]
-            for row in summary["results"]
-        }
-        lines.append(f"| {method} | " + " | ".join(f"{medians[column]:.3g}" for column in ordered) + " |")
+    tables = {method: _medians(summary) for method, summary in summaries.items()}
+    columns = list(next(iter(tables.values())))
+    lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for method, medians in tables.items():
+        lines.append(f"| {method} | " + " | ".join(f"{medians[column]:.3g}" for column in columns) + " |")
     return [*lines, ""]
+
+
+def _medians(summary: dict[str, Any]) -> dict[str, float]:
+    """Of each metric; of the sanity check what is left when every layer is random, which comes last."""
+    return {
+        row["metric"] if row["metric"] == "randomization" else title_of(row): row["median"]
+        for row in summary["results"]
+    }
 
 
 def _pictures(name: str, subject: Subject, methods: list[str]) -> list[str]:

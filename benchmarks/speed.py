@@ -47,20 +47,12 @@ def _timm_network(name: str, channels: int) -> nn.Module:
 
 # From our names to the ordinary network for images of so many channels.
 NETWORKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
-    "resnet20": (
-        "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10",
-        lambda channels: cifar_resnet(20, 10, in_channels=channels),
-    ),
-    **{
-        name: (ours, partial(_timm_network, ordinary))
-        for name, ours, ordinary in (
-            ("resnet18", "resnet18.bcos_v2_in1k", "resnet18"),
-            ("resnet50", "resnet50.bcos_v2_in1k", "resnet50"),
-            ("densenet121", "densenet121.bcos_v2_in1k", "densenet121"),
-            ("convnext_tiny", "convnext_tiny.bcos_v2_bnu_in1k", "convnext_tiny"),
-            ("simple_vit_s", "simple_vit_s_patch16_224.bcos_v2_in1k", "vit_small_patch16_224"),
-        )
-    },
+    "resnet20": ("resnet20.bcos_v2_bnu_linear_nomaxout_cifar10", lambda n: cifar_resnet(20, 10, in_channels=n)),
+    "resnet18": ("resnet18.bcos_v2_in1k", partial(_timm_network, "resnet18")),
+    "resnet50": ("resnet50.bcos_v2_in1k", partial(_timm_network, "resnet50")),
+    "densenet121": ("densenet121.bcos_v2_in1k", partial(_timm_network, "densenet121")),
+    "convnext_tiny": ("convnext_tiny.bcos_v2_bnu_in1k", partial(_timm_network, "convnext_tiny")),
+    "simple_vit_s": ("simple_vit_s_patch16_224.bcos_v2_in1k", partial(_timm_network, "vit_small_patch16_224")),
 }
 WORKS = ("forward", "explain", "explain batch", "ten targets", "train")
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}

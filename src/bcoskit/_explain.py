@@ -301,9 +301,9 @@ def explain(
         raise not_linear(model, x, layers, products, found.faults)
     constants, whole, weights = None, found, found.weights
     if shares:
-        # A function is asked once, and of the whole batch.
-        positions = target(found.output.detach().clone()) if callable(target) and found.classes is None else target
-        chosen = positions if found.classes is None else found.classes
+        chosen = found.classes
+        if chosen is None:  # positions; a function is asked for those of the whole batch, and not of each sample
+            chosen = target(found.output.detach().clone()) if callable(target) else target
         completed = shares_of(model, x, chosen, found.others, layers, products)
         constants = completed.table
         if weights is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bcoskit.dynamic import current_mode, is_frozen
@@ -181,8 +182,7 @@ class _Scaled(torch.autograd.Function):
 
 def _is_batched(*gradients: Tensor) -> bool:
     """Whether these are several gradients at once (`is_grads_batched`), which nothing can be written into."""
-    batched: Any = getattr(torch._C, "_functorch")  # noqa: B009 - torch does not declare it
-    return any(batched.is_batchedtensor(each) or batched.is_legacy_batchedtensor(each) for each in gradients)
+    return any(is_batchedtensor(each) or is_legacy_batchedtensor(each) for each in gradients)
 
 
 def _is_wanted(ctx: Any, index: int) -> bool:

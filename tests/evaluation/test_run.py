@@ -200,6 +200,19 @@ def test_what_does_not_fit_is_told_before_the_long_work(tmp_path):
         evaluate(patches(), images(), metrics, (counted, broken), out=tmp_path, resume=True)
 
 
+def test_what_failed_when_it_was_tried_is_tried_again(tmp_path, monkeypatch):
+    metrics = (Perturbation("deletion", steps=2, count=3),)
+
+    def not_yet(*_):
+        raise OSError("the disk is not there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Perturbation, "measure", not_yet)
+        with pytest.raises(ValueError, match="the disk is not there"):
+            evaluate(patches(), images(), metrics, out=tmp_path)
+    assert len(evaluate(patches(), images(), metrics, out=tmp_path)[1].rows) == 3
+
+
 def test_another_batch_size_after_a_rejected_run(tmp_path):
     with pytest.raises(ValueError, match="`patch`"):
         evaluate(patches(), images(), (Completeness(), Perturbation("deletion", patch=3)), out=tmp_path)

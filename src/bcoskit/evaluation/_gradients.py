@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
-from bcoskit.evaluation._method import Chosen, all_targets, captum_attr, copied, each_target, for_any_target
+from bcoskit.evaluation._method import Chosen, all_targets, calls_of, captum_attr, copied, each_target, for_any_target
 from bcoskit.nn import ClassifierHead
 
 
@@ -100,19 +100,9 @@ def _check_activations(model: nn.Module, x: Tensor) -> None:
     Raises:
         ValueError: If there is one.
     """
-    modules = 0
-
-    def count(_module: nn.Module, _inputs: Any) -> None:
-        nonlocal modules
-        modules += 1
-
-    handles = [each.register_forward_pre_hook(count) for each in model.modules() if isinstance(each, nn.ReLU)]
-    try:
-        with torch.enable_grad():
-            output = model(x.detach().clone().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad():
+        activations = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+        calls, output = calls_of(model, activations, x.detach().clone().requires_grad_())
     seen: set[Any] = set()
     left = [output.grad_fn] if isinstance(output, Tensor) else []
     relus = 0
@@ -123,9 +113,10 @@ def _check_activations(model: nn.Module, x: Tensor) -> None:
         seen.add(node)
         relus += node.name().startswith("ReluBackward")
         left += [following for following, _ in node.next_functions]
-    if relus > modules:
+    hidden = relus - len(calls)
+    if hidden > 0:
         raise ValueError(
-            f"`method` needs each ReLU to be a module (`nn.ReLU`), {relus - modules} of {relus} in the network are not"
+            f"`method` needs each ReLU to be a module (`nn.ReLU`), {hidden} of {relus} in the network are not"
         )
 
 

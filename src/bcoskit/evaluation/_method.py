@@ -3,7 +3,7 @@
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeAlias, cast
 
 import torch
@@ -98,6 +98,22 @@ def copied(model: nn.Module) -> nn.Module:
         if getattr(module, "inplace", False):
             module.inplace = False
     return twin
+
+
+def calls_of(model: nn.Module, modules: Collection[nn.Module], x: Tensor) -> tuple[list[nn.Module], Any]:
+    """The calls of some modules in the order in which a forward pass makes them, and its output."""
+    calls: list[nn.Module] = []
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        calls.append(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        output = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
 
 
 def captum_attr() -> Any:

@@ -250,7 +250,7 @@ def _begin(out: Path, settings: dict[str, Any], resume: bool) -> bool:
         raise ValueError(f"`out` (={str(out)!r}) must be a new folder, or that of an earlier run")
     parts.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(now, indent=2) + "\n")
-    if resume and rank == 0:
+    if (resume or is_new) and rank == 0:
         for part in parts.glob("*/*.json"):
             found = _read_part(part)
             if found is None or found[1]:  # what has failed may succeed now

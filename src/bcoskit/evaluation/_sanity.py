@@ -13,6 +13,7 @@ from bcoskit._explain import explain
 from bcoskit._random import random_from
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
+from bcoskit.evaluation._method import calls_of
 from bcoskit.evaluation._methods import METHODS, attribute, resolve
 from bcoskit.evaluation._probabilities import check_classes
 from bcoskit.evaluation._result import Result, Row
@@ -74,18 +75,9 @@ def randomized(model: nn.Module, seed: int = 42, *, x: Tensor | None = None) -> 
 
 
 def _as_they_run(model: nn.Module, layers: Sequence[_Layer], x: Tensor) -> list[_Layer]:
-    order: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, _inputs: Any) -> None:
-        order.setdefault(module, len(order))
-
-    handles = [module.register_forward_pre_hook(note) for _, module, _ in layers]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        calls, _ = calls_of(model, [module for _, module, _ in layers], x)
+    order = {module: place for place, module in enumerate(dict.fromkeys(calls))}
     return sorted(layers, key=lambda layer: order.get(layer[1], -1))
 
 

@@ -20,7 +20,7 @@ from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seed_of
-from bcoskit.training._options import Hardware, Loading
+from bcoskit.training._options import Hardware, Loading, check_whole
 from bcoskit.training._run import Conversion, as_network, conversion, given
 from bcoskit.training._start import row_before
 
@@ -250,8 +250,7 @@ def align(
     if hardware.recompute or hardware.strategy == "fsdp":
         raise ValueError(f"`hardware` (={hardware}): `recompute` and 'fsdp' are for `train` alone")
     for name, value in {"train_size": train_size, "measure_every": measure_every}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` (={value}) must be above 0")
+        check_whole(name, value, 1)
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     with random_from(seed):
