@@ -229,6 +229,80 @@ class TestFrozen:
         assert not _trust.is_known(hooked)
 
 
+MAX_OUT = {
+    "two units": ((2, 6, 4, 5), 2, 1),
+    "three units": ((2, 6, 4), 3, 1),
+    "of rows": ((3, 5, 8), 4, -1),
+    "of one sample": ((6,), 2, 0),
+    "of the middle": ((2, 3, 4, 5), 2, 2),
+    "no samples": ((0, 6, 4, 5), 2, 1),
+}
+
+
+class TestMaxOut:
+    """Against the largest entry as torch has it, whose gradient goes to the first of equals."""
+
+    @staticmethod
+    def plain(y, units, axis):
+        axis %= y.ndim
+        return y.unflatten(axis, (-1, units)).max(axis + 1).values
+
+    @pytest.mark.parametrize("case", MAX_OUT)
+    @pytest.mark.parametrize("is_last", [True, False])
+    def test_values_and_derivatives(self, case, is_last):
+        torch.manual_seed(0)
+        shape, units, axis = MAX_OUT[case]
+        y = torch.randint(-2, 3, shape).double()  # with equals
+        if is_last:
+            y = y.movedim(axis, -1).contiguous().movedim(-1, axis)
+        y.requires_grad_()
+        ours, expected = bcoskit.functional.max_out(y, units, axis), self.plain(y, units, axis)
+        assert torch.equal(ours, expected)
+        several = torch.randn(3, *ours.shape, dtype=torch.float64)
+        (together,) = torch.autograd.grad(ours, y, several, is_grads_batched=True, retain_graph=True)
+        for gradient, one in zip(several, together, strict=True):
+            (wanted,) = torch.autograd.grad(expected, y, gradient, retain_graph=True)
+            (found,) = torch.autograd.grad(ours, y, gradient, retain_graph=True)
+            (with_graph,) = torch.autograd.grad(ours, y, gradient, create_graph=True)
+            assert all(torch.equal(each, wanted) for each in (found, with_graph, one))
+
+    def test_second_derivatives(self):
+        y = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda y: bcoskit.functional.max_out(y, 3, 1).square(), y)
+
+    def test_what_is_no_number_is_not_lost(self):
+        for place in range(2):
+            y = torch.zeros(1, 2)
+            y[0, place] = torch.nan
+            assert bool(bcoskit.functional.max_out(y.requires_grad_(), 2, 1).isnan())
+
+    def test_the_layout_stays(self):
+        y = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+        output = bcoskit.functional.max_out(y, 2, 1)
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        (gradient,) = torch.autograd.grad(output.sum(), y)
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+        assert not bcoskit.functional.max_out(y.detach().contiguous(), 2, 1).is_contiguous(
+            memory_format=torch.channels_last
+        )
+
+    def test_it_keeps_a_byte_for_each_output(self):
+        x = torch.rand(2, 4, 16, 16)
+        layer = BcosConv2d(4, 32, 1, max_out=2)
+        chosen = 2 * 32 * 16 * 16
+        one_unit, _ = kept_bytes(BcosConv2d(4, 32, 1, scale=1.5), x)
+        two_units, output = kept_bytes(layer, x)
+        assert output.shape == (2, 32, 16, 16)
+        assert two_units - one_unit < chosen + 2 * layer.weight.nbytes
+
+    def test_audits_know_it(self):
+        torch.manual_seed(0)
+        layers = [BcosConv2d(6, 4, 3, max_out=2), nn.Flatten(), BcosLinear(16, 3, max_out=2)]
+        x = torch.rand(2, 6, 4, 4)
+        assert bcoskit.audit(nn.Sequential(*layers).eval(), x).passed
+        assert not bcoskit.audit(nn.Sequential(*layers, Digamma()).eval(), x).passed
+
+
 def test_several_gradients_at_once():
     """`is_grads_batched` and vectorised Jacobians are what a loop over the gradients gives."""
     x = torch.rand(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)

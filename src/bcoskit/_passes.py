@@ -2,12 +2,13 @@
 
 Each is an `autograd.Function` with a backward pass of its own, which keeps no more than the ordinary layer does. They
 stand aside for compilers, function transforms and forward-mode derivatives, which make kernels of their own out of
-plain operations, and in `explanation_mode`, which freezes factors of plain operations.
+plain operations, and in `explanation_mode`, which freezes factors of plain operations (MaxOut has none, and stays).
 
 On a CPU they take large maps part by part, so that what one operation has written is still in a core's cache when the
 next one reads it: each map passes memory once.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bcoskit.dynamic import current_mode, is_frozen
+from bcoskit.dynamic._mode import LINEAR
 
 _PART = 1 << 18  # entries, 1 MiB in single precision
 
@@ -101,6 +103,49 @@ class Parts:
         if not self._is_last:
             return whole.reshape(like.shape)
         return whole.reshape(like.movedim(self._axis, -1).shape).movedim(-1, self._axis)
+
+
+def max_out(y: Tensor, units: int, axis: int) -> Tensor:
+    """The largest of each `units` consecutive entries along an axis; its gradient goes to the first of the largest."""
+    if not (torch.is_grad_enabled() and y.requires_grad):
+        return functools.reduce(torch.maximum, y.unflatten(axis, (-1, units)).unbind(axis + 1))
+    largest = _MaxOut.apply(y, units, axis)
+    largest.grad_fn.metadata[LINEAR] = True
+    return largest
+
+
+class _MaxOut(torch.autograd.Function):
+    """Keeps, of one byte for each output, which entries are larger than all before them."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, units: int, axis: int) -> Tensor:
+        largest, *others = y.unflatten(axis, (-1, units)).unbind(axis + 1)
+        larger = list[Tensor]()
+        for other in others:
+            larger.append(other > largest)
+            largest = torch.maximum(largest, other)
+        ctx.save_for_backward(*larger)
+        ctx.axis, ctx.shape, ctx.is_last = axis, y.shape, y.movedim(axis, -1).is_contiguous()
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (rest,) = gradients
+        larger = ctx.saved_tensors
+        if torch.is_grad_enabled() or _is_batched(rest):
+            entries = list[Tensor]()
+            for chosen in reversed(larger):
+                entries.append(rest * chosen)
+                rest = rest - entries[-1]
+            return torch.stack([rest, *reversed(entries)], ctx.axis + 1).reshape(ctx.shape), None, None
+        axis, shape = ctx.axis, ctx.shape
+        moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+        for_y = rest.new_empty(moved).movedim(-1, axis) if ctx.is_last else rest.new_empty(shape)
+        first, *entries = for_y.unflatten(axis, (-1, len(larger) + 1)).unbind(axis + 1)
+        for chosen, entry in zip(reversed(larger), reversed(entries), strict=True):
+            torch.mul(rest, chosen, out=entry)
+            rest = torch.sub(rest, entry, out=first)
+        return for_y, None, None
 
 
 def scaled(y: Tensor, reciprocal: Tensor, weight: Tensor | None, axis: int) -> Tensor:

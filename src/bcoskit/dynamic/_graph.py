@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit.dynamic._mode import (
+    LINEAR,
     START,
     WRITE,
     ExplanationMode,
@@ -145,6 +146,8 @@ def _kind_of(name: str) -> str:
 
 
 def _fault(node: Any, marked: bool) -> str | None:
+    if LINEAR in node.metadata:
+        return None
     kind = _kind(node)
     # A custom function may have the name of a node that is known.
     if isinstance(node, torch.autograd.function.BackwardCFunction):

@@ -41,9 +41,10 @@ def is_freeze(node: Any) -> bool:
     return isinstance(node, getattr(_FreezeFunction, "_backward_cls"))  # noqa: B009 - torch does not declare it
 
 
-# Notes in the metadata of graph nodes: that a write is ours, that the input begins there, and what depends on any
-# input, and on the one that was marked.
+# Notes in the metadata of graph nodes: that a write is ours, that a function of ours is piecewise linear, that the
+# input begins there, and what depends on any input, and on the one that was marked.
 WRITE = "bcoskit_write"
+LINEAR = "bcoskit_linear"
 START = "bcoskit_start"
 _CHECKPOINTING = (
     "activation checkpointing runs layers again in the backward pass, where their factors are not frozen: switch it off"
