@@ -9,7 +9,7 @@ next one reads it: each map passes memory once.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -368,24 +368,60 @@ def _constant_inverse_norm(weight: Tensor) -> Tensor:
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel, (C,), by batch norm's kernel: far faster than `var_mean`."""
-    mean, var = torch.batch_norm_update_stats(x.detach(), None, None, 0.0)
-    return mean, var
+    """Mean and population variance per channel, (C,).
+
+    On a CPU not by batch norm's kernel, which adds up one number after another where channels are last: of large maps
+    five digits are right.
+    """
+    x = x.detach()
+    if x.device.type != "cpu":
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, var
+    parts, count = Parts(x, 1), x.numel() // x.shape[1]
+    mean = torch.stack([part.sum(parts.other_axes) for (part,) in parts.cut(x)]).sum(0).flatten() / count
+    center = parts.per_channel(mean)
+    squares = [(part - center).square_().sum(parts.other_axes) for (part,) in parts.cut(x)]
+    return mean, torch.stack(squares).sum(0).flatten() / count
 
 
-def uncentered(x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """`weight · x / sqrt(var + eps)` with the batch's own statistics, whose gradient is part of that of `x`."""
-    return _Uncentered.apply(x, weight, mean, var, eps)
+Summed: TypeAlias = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all processes, with derivatives."""
+
+
+def uncentered(
+    x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, count: int, summed: Summed | None = None
+) -> Tensor:
+    """`weight · x / sqrt(var + eps)` with the batch's own statistics, whose gradient is part of that of `x`.
+
+    Args:
+        x: (N, C, *spatial).
+        weight: (C,).
+        mean: Of each channel, (C,).
+        var: Of each channel, (C,).
+        eps: Added to it.
+        count: Of the values behind a statistic.
+        summed: Given where these are those of all processes.
+    """
+    return _Uncentered.apply(x, weight, mean, var, eps, count, summed)
 
 
 class _Uncentered(torch.autograd.Function):
     """Keeps `x` and one factor per channel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        count: int,
+        summed: Summed | None,
+    ) -> Tensor:
         scale = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, mean, scale)
-        ctx.eps = eps
+        ctx.eps, ctx.count, ctx.summed = eps, count, summed
         return x * _per_channel(scale if weight is None else scale * weight, x)
 
     @staticmethod
@@ -395,28 +431,37 @@ class _Uncentered(torch.autograd.Function):
         dims = (0, *range(2, x.ndim))
         if torch.is_grad_enabled():
             # A second derivative: the statistics depend on `x`, which plain operations know.
-            scale = torch.rsqrt(x.var(dims, correction=0) + ctx.eps)
+            if ctx.summed is None:
+                var = x.var(dims, correction=0)
+            else:
+                difference = x - _per_channel(ctx.summed(x.sum(dims)) / ctx.count, x)
+                var = ctx.summed(difference.square().sum(dims)) / ctx.count
+            scale = torch.rsqrt(var + ctx.eps)
             y = x * _per_channel(scale if weight is None else scale * weight, x)
             inputs = [each if each is not None and each.requires_grad else None for each in (x, weight)]
             given = [each for each in inputs if each is not None]
             found = iter(torch.autograd.grad(y, given, gradient, create_graph=True))
-            return *(None if each is None else next(found) for each in inputs), None, None, None
-        if _is_batched(gradient):
-            along = (gradient * x).sum(dims)
-            factor = scale if weight is None else scale * weight
-            slope = -along * factor * scale.square() / (x.numel() // x.shape[1])
-            for_x = gradient * _per_channel(factor, x) + (x - _per_channel(mean, x)) * _per_channel(slope, x)
-            return for_x, None if weight is None else along * scale, None, None, None
-        parts = Parts(x, 1)
-        sums = [(grad * values).sum(parts.other_axes) for grad, values in parts.cut(gradient, x)]
-        along = torch.stack(sums).sum(0).flatten()
+            return *(None if each is None else next(found) for each in inputs), *[None] * 5
         factor = scale if weight is None else scale * weight
-        slope = -along * factor * scale.square() / (x.numel() // x.shape[1])
+        batched = _is_batched(gradient)
+        parts = Parts(x, 1)
+        if batched:
+            along = (gradient * x).sum(dims)
+        else:
+            sums = [(grad * values).sum(parts.other_axes) for grad, values in parts.cut(gradient, x)]
+            along = torch.stack(sums).sum(0).flatten()
+        for_weight = None if weight is None else along * scale
+        if ctx.summed is not None:
+            along = ctx.summed(along)
+        slope = -along * factor * scale.square() / ctx.count
+        if batched:
+            for_x = gradient * _per_channel(factor, x) + (x - _per_channel(mean, x)) * _per_channel(slope, x)
+            return for_x, for_weight, *[None] * 5
         for_x = torch.empty_like(x)
         factors = [parts.per_channel(values) for values in (factor, slope, slope * mean)]
         for into, grad, values in parts.cut(for_x, gradient, x):
             torch.mul(grad, factors[0], out=into).addcmul_(values, factors[1]).sub_(factors[2])
-        return for_x, None if weight is None else along * scale, None, None, None
+        return for_x, for_weight, *[None] * 5
 
 
 def _per_channel(values: Tensor, x: Tensor, axis: int = 1) -> Tensor:

@@ -83,8 +83,11 @@ for centered, synchronized in ((False, True), (True, True), (False, False)):
     norm = BatchNorm(3, centered=centered, bias=True).double().train()
     norm.synchronized = synchronized
     part = x[mine].clone().requires_grad_()
-    (norm(part) * y[mine]).sum().backward()
-    found.append((part.grad, norm.running_mean, norm.running_var))
+    (gradient,) = torch.autograd.grad((norm(part) * y[mine]).sum(), part, create_graph=True)
+    gradient.square().sum().backward()
+    (once,) = torch.autograd.grad((norm(part) * y[mine]).sum(), part)
+    output = norm(part).detach()
+    found.append((output, once, gradient.detach(), part.grad, norm.running_mean, norm.running_var))
 torch.save(found, sys.argv[1] + str(rank))
 """
 
@@ -106,12 +109,16 @@ def test_statistics_of_all_processes(tmp_path):
     for index, (centered, equal) in enumerate(((False, True), (True, True), (False, False))):
         norm = BatchNorm(3, centered=centered, bias=True).double().train()
         whole = x.clone().requires_grad_()
-        (norm(whole) * y).sum().backward()
-        expected = (whole.grad, norm.running_mean, norm.running_var)
-        gradient = torch.cat([first[index][0], second[index][0]])
-        found = (gradient, *first[index][1:])
-        same = [torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found, expected, strict=True)]
-        assert same[0] == same[2] == equal
+        (gradient,) = torch.autograd.grad((norm(whole) * y).sum(), whole, create_graph=True)
+        gradient.square().sum().backward()
+        of_one = [torch.cat([ours, theirs]) for ours, theirs in zip(first[index][:4], second[index][:4], strict=True)]
+        for each in (norm, norm):  # as often as there
+            output = each(x)
+        expected = (output, gradient, gradient, whole.grad)
+        assert all(torch.allclose(*pair, rtol=1e-6, atol=1e-9) == equal for pair in zip(of_one, expected, strict=True))
+        for found in (first[index], second[index]):
+            assert torch.allclose(found[4], norm.running_mean)
+            assert torch.allclose(found[5], norm.running_var) == equal
 
 
 @pytest.mark.parametrize("precision", ["bf16", "16"])

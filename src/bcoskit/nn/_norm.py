@@ -59,10 +59,24 @@ class _Norm(nn.Module):
 
 def _over_processes(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
     """Variance, mean and count of the values of all processes, with gradients to each."""
-    total = all_reduce(torch.tensor(float(count), device=mean.device, dtype=torch.float64))
+    counted = torch.cat([mean.flatten().double() * count, mean.new_full((1,), count, dtype=torch.float64)])
+    sums = all_reduce(counted)
+    total = sums[-1]
+    common = (sums[:-1] / total).to(mean.dtype).view_as(mean)
     share = (count / total).to(mean.dtype)
-    common = all_reduce(mean * share)
     return all_reduce((var + (mean - common).square()) * share), common, int(total)
+
+
+def _gathered(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """As `_over_processes`, without gradients: by one exchange."""
+    own = torch.cat([var.double(), mean.double(), var.new_full((1,), count, dtype=torch.float64)])
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    variances, means, counts = torch.stack(rows).split([var.numel(), mean.numel(), 1], 1)
+    shares = counts / counts.sum()
+    common = (means * shares).sum(0)
+    whole = ((variances + (means - common).square()) * shares).sum(0)
+    return whole.to(var.dtype), common.to(mean.dtype), int(counts.sum())
 
 
 def _shaped(values: Tensor | None, *shape: int) -> Tensor | None:
@@ -232,9 +246,10 @@ class RunningNorm(_Norm):
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training or self.running_var is None or self.running_mean is None:
             in_one_pass = self._in_one_pass(x, dims)
-            mean, var = self._batch_statistics(x, dims, in_one_pass)
+            mean, var, count = self._batch_statistics(x, dims, in_one_pass)
             if in_one_pass:
-                y = _passes.uncentered(x, self.weight, mean.flatten(), var.flatten(), self.eps)
+                summed = all_reduce if self._is_shared() else None
+                y = _passes.uncentered(x, self.weight, mean, var, self.eps, count, summed)
                 return y if self.bias is None else y + self.bias.reshape(shape)
         elif not torch.is_grad_enabled() and self._fits_kernel(x, dims) and _passes.way(x) is not None:
             mean = self.running_mean if self.centered else torch.zeros_like(self.running_mean)
@@ -258,8 +273,7 @@ class RunningNorm(_Norm):
 
     def _in_one_pass(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether one kernel has the statistics, and one backward pass their gradient."""
-        alone = not self.centered and not self._is_shared()
-        return alone and self._fits_kernel(x, dims) and _passes.way(x) == "derivatives"
+        return not self.centered and self._fits_kernel(x, dims) and _passes.way(x) == "derivatives"
 
     def _is_shared(self) -> bool:
         return self.synchronized and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -270,7 +284,7 @@ class RunningNorm(_Norm):
         same = all(values is None or values.dtype == x.dtype for values in parameters)
         return same and len(dims) == x.ndim - 1 and not x.is_meta
 
-    def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor]:
+    def _batch_statistics(self, x: Tensor, dims: tuple[int, ...], in_one_pass: bool) -> tuple[Tensor, Tensor, int]:
         count = math.prod([x.shape[dim] for dim in dims])
         if count < 2 and not self._is_shared():
             raise ValueError(f"`x` of shape {tuple(x.shape)} has one value per statistic, training needs more")
@@ -281,13 +295,15 @@ class RunningNorm(_Norm):
             )
         if in_one_pass:
             mean, var = _passes.batch_statistics(x)
+            if self._is_shared():
+                var, mean, count = _gathered(var, mean, count)
         else:
             var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
             if self._is_shared():
                 var, mean, count = _over_processes(var, mean, count)
         if self.training and self.running_var is not None:
             self._track(mean.detach(), var.detach(), count)
-        return mean, var
+        return mean, var, count
 
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Update the running statistics: of an uncentred norm the population variance alone, as the authors do."""
