@@ -447,6 +447,12 @@ class TestMatching:
     def test_two_classes_of_one_name(self):
         """As the cranes of ImageNet: in their places they are told apart, by their names they are not."""
         self.images(("a", "a", "b"), [0, 1]).match(("a", "a", "b"))
+        for mine, theirs in (("abca", "abcA"), ("abcA", "abca")):
+            dataset = self.images(tuple(mine), [0, 3])
+            dataset.match(tuple(theirs))
+            assert (dataset.labels.tolist(), dataset.classes) == ([0, 3], tuple(theirs))
+        with pytest.raises(ValueError, match="there is no 'x'"):
+            self.images(tuple("axca"), [0]).match(tuple("abcA"))
         for mine, theirs in ((("b", "a", "a"), ("a", "a", "b")), (("a",), ("a", "a")), (("a", "a"), ("a", "b"))):
             with pytest.raises(ValueError, match="two classes 'a'"):
                 self.images(mine, [0]).match(theirs)

@@ -1,5 +1,6 @@
 """Labelled images that are decoded when asked for."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -71,7 +72,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
         """Bring the labels into the order of a network's classes, by name where names are known.
 
         As many other names as the network has classes are taken for these in their order, as of a dataset that names
-        them in another way: then fewer than half of the names may be the same, each in its place.
+        them in another way: then fewer than half of the names may be the same, each in its place. So are two classes of
+        one name, such as the cranes of ImageNet, where all other names are the same.
 
         Args:
             classes: Names of the network's classes.
@@ -83,6 +85,12 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
         mine, theirs = self.classes, tuple(classes)
         if mine == theirs:
             return
+        twice = {name for names in (mine, theirs) for name, count in Counter(names).items() if count > 1}
+        if len(mine) == len(theirs):
+            differing = [pair for pair in zip(mine, theirs, strict=True) if len(set(pair)) > 1]
+            if 2 * len(differing) < len(mine) and all(twice.intersection(pair) for pair in differing):
+                self.classes = theirs
+                return
         if len(mine) > len(theirs):
             raise ValueError(f"has {len(mine)} classes, the network {len(theirs)}")
         unknown = [name for name in mine if name not in theirs]
@@ -94,9 +102,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
                 f"has {len(mine)} classes, the network {len(theirs)}, among which there is no {unknown[0]!r}: labels "
                 "cannot be told apart"
             )
-        twice = next((name for name in mine if mine.count(name) > 1 or theirs.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"has two classes {twice!r}, or the network has: labels cannot be told apart")
+        if unclear := twice.intersection(mine):
+            raise ValueError(f"has two classes {min(unclear)!r}, or the network has: labels cannot be told apart")
         places = torch.tensor([theirs.index(name) for name in mine])
         if self.multi_label:
             self.labels = torch.zeros(len(self), len(theirs)).index_copy(1, places, self.labels)
