@@ -1,9 +1,9 @@
 """The throughput of a training on two processes, as a multiple of that of one process on one core.
 
-    python benchmarks/processes.py [--rounds 5]
+    python benchmarks/processes.py [--rounds 3]
 
 Generated images, 128 a step and process, one thread each, not compiled; what counts is the time from the end of the
-first epoch to that of the fourth. `cnn9_narrow.bcos_cifar10` has no norms; `resnet20.bcos_cifar10` has batch norms,
+first epoch to that of the second. `cnn9_narrow.bcos_cifar10` has no norms; `resnet20.bcos_cifar10` has batch norms,
 whose statistics the processes exchange at each of 21 layers, so that the slower one is waited for 42 times a step.
 
 Writes `benchmarks/results/processes.*`.
@@ -24,8 +24,8 @@ from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESULTS = Path(__file__).parent / "results"
-EPOCHS = 4
-IMAGES = 768
+EPOCHS = 2
+IMAGES = 2048
 NETWORKS = ("cnn9_narrow.bcos_cifar10", "resnet20.bcos_cifar10")
 
 
@@ -46,7 +46,7 @@ def images_per_second(model: str, data: Path, out: Path, processes: int) -> floa
 def main() -> None:
     """Measure in alternation, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rates = {model: {processes: list[float]() for processes in (1, 2)} for model in NETWORKS}
     with tempfile.TemporaryDirectory() as place:
@@ -61,7 +61,7 @@ def main() -> None:
     lines = [
         "# Two processes",
         "",
-        *(__doc__ or "").partition("[--rounds 5]\n\n")[2].partition("\n\nWrites")[0].splitlines(),
+        *(__doc__ or "").partition("[--rounds 3]\n\n")[2].partition("\n\nWrites")[0].splitlines(),
         "",
         f"{options.rounds} rounds in alternation on two cores of an AMD EPYC (`python benchmarks/processes.py`):",
         "",
