@@ -300,6 +300,21 @@ def test_activations_that_hooks_cannot_reach_are_refused(name):
     assert attribute(small(), X, 0, name).shape == (2, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["guided_backprop", "deep_lift"])
+def test_bounded_relus_are_relus(name):
+    torch.manual_seed(0)
+    conv, head = torch.nn.Conv2d(3, 8, 3), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 36, 4))
+
+    def found(activation, scale=1.0, method=name):
+        return attribute(torch.nn.Sequential(conv, activation, head).eval(), X * scale, 0, method)
+
+    bounded = torch.nn.ReLU6()
+    torch.testing.assert_close(found(bounded), found(torch.nn.ReLU()))
+    plain = "gradient" if name == "guided_backprop" else "input_x_gradient"
+    assert not torch.allclose(found(bounded), found(bounded, method=plain))
+    assert not torch.allclose(found(bounded, 100), found(torch.nn.ReLU(), 100))  # beyond the bound
+
+
 @pytest.mark.parametrize("name", ["lime", "kernel_shap"])
 def test_small_images_have_segments(name):
     """The papers' kernel makes one segment of most images of 32 pixels, and the same map for all of them."""

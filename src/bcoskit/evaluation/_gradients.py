@@ -77,6 +77,8 @@ def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive.
 
+    Of activations that are neither ReLU nor ReLU6 it knows nothing: there, as in B-cos networks, it is the gradient.
+
     Raises:
         ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
     """
@@ -88,10 +90,19 @@ def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, tar
         return engine(Chosen(twin, classes[:, None])).attribute(start, target=0)
 
     twin = copied(model)
+    _split_relu6(twin)
     _check_activations(twin, x[:1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"captum\.")  # that it sets hooks, which it does on our copy
         return each_target(one, twin, x, target)
+
+
+def _split_relu6(model: nn.Module) -> None:
+    """A ReLU and a bound in the place of each ReLU6, which captum does not know."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if type(child) is nn.ReLU6:
+                setattr(module, name, nn.Sequential(nn.ReLU(), nn.Hardtanh(-1.0, 6.0)))
 
 
 def _check_activations(model: nn.Module, x: Tensor) -> None:
