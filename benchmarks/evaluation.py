@@ -54,7 +54,12 @@ CIFAR_METHODS: dict[str, Any] = {
     "occlusion": partial(METHODS["occlusion"], window=16, stride=8),
     "integrated_gradients": "integrated_gradients",
     "lime": "lime",
+    "rise": "rise",
 }
+# Of networks that are homogeneous, as the B-cos ResNet-20, any number of points gives the same.
+BCOS_METHODS = CIFAR_METHODS | {"integrated_gradients": partial(METHODS["integrated_gradients"], steps=5)}
+# These need forward passes alone, of few shapes.
+COMPILED = ("occlusion", "lime", "rise")
 IMAGENET_METHODS: dict[str, Any] = {
     name: name for name in ("bcos", "input_x_gradient", "gradient", "grad_cam", "guided_backprop")
 }
@@ -96,7 +101,7 @@ def subjects(options: argparse.Namespace) -> dict[str, Subject]:
     lite0 = Subject("EfficientNet-Lite0", "timm/tf_efficientnet_lite0", options.lite0, options.imagenet, imagenet,
                     IMAGENET_METHODS)  # fmt: skip
     return {
-        "cifar_bcos": Subject("B-cos ResNet-20", "resnet20.bcos_cifar10", True, options.cifar, cifar, CIFAR_METHODS),
+        "cifar_bcos": Subject("B-cos ResNet-20", "resnet20.bcos_cifar10", True, options.cifar, cifar, BCOS_METHODS),
         "cifar_ordinary": Subject(
             "ordinary ResNet-20", "resnet20.he_cifar10", options.weights, options.cifar, cifar, CIFAR_METHODS
         ),
@@ -107,6 +112,9 @@ def subjects(options: argparse.Namespace) -> dict[str, Subject]:
 def run(name: str, subject: Subject, method: str, metrics: tuple[Any, ...]) -> list[Result]:
     """One run, with a bar."""
     model = bcoskit.create_model(subject.model, weights=subject.weights)
+    model.to(memory_format=torch.channels_last)
+    if method in COMPILED:
+        model.compile(dynamic=False)
     dataset: Any = open_dataset(subject.data or Path(), "test", model.transform)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -139,9 +139,14 @@ class _MaxOut(torch.autograd.Function):
                 rest = rest - entries[-1]
             return torch.stack([rest, *reversed(entries)], ctx.axis + 1).reshape(ctx.shape), None, None
         axis, shape = ctx.axis, ctx.shape
-        moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
-        for_y = rest.new_empty(moved).movedim(-1, axis) if ctx.is_last else rest.new_empty(shape)
-        first, *entries = for_y.unflatten(axis, (-1, len(larger) + 1)).unbind(axis + 1)
+        if ctx.is_last:  # flat, since torch is slower on the same entries in more axes
+            moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+            for_y = rest.new_empty(moved).movedim(-1, axis)
+            first, *entries = for_y.movedim(axis, -1).view(-1, len(larger) + 1).unbind(1)
+            rest, *larger = (each.movedim(axis, -1).reshape(-1) for each in (rest, *larger))
+        else:
+            for_y = rest.new_empty(shape)
+            first, *entries = for_y.unflatten(axis, (-1, len(larger) + 1)).unbind(axis + 1)
         for chosen, entry in zip(reversed(larger), reversed(entries), strict=True):
             torch.mul(rest, chosen, out=entry)
             rest = torch.sub(rest, entry, out=first)

@@ -315,6 +315,33 @@ def test_bounded_relus_are_relus(name):
     assert not torch.allclose(found(bounded, 100), found(torch.nn.ReLU(), 100))  # beyond the bound
 
 
+def test_integrated_gradients_of_a_homogeneous_network_are_input_x_gradient():
+    torch.manual_seed(0)
+    first, second = bcoskit.nn.BcosConv2d(3, 8, 3, padding=1), bcoskit.nn.BcosConv2d(8, 4, 3)
+    model = torch.nn.Sequential(first, second, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    expected = attribute(model, X, TARGET, "input_x_gradient")
+    for steps in (2, 7):
+        found = attribute(model, X, TARGET, partial(METHODS["integrated_gradients"], steps=steps))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    first.bias = torch.nn.Parameter(torch.ones(8))
+    with_bias = attribute(model, X, TARGET, "integrated_gradients")
+    assert not torch.allclose(with_bias, attribute(model, X, TARGET, "input_x_gradient"), rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["lime", "kernel_shap", "rise", "occlusion"])
+def test_samples_are_computed_once_for_all_targets(name):
+    model = small()
+    seen = []
+    handle = model.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
+    counts = []
+    for target in (TARGET, TARGET[:, :1]):
+        attribute(model, X, target, method(name))
+        counts.append(sum(seen))
+        seen.clear()
+    handle.remove()
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("name", ["lime", "kernel_shap"])
 def test_small_images_have_segments(name):
     """The papers' kernel makes one segment of most images of 32 pixels, and the same map for all of them."""

@@ -44,6 +44,9 @@ def integrated_gradients(
 ) -> Tensor:
     """Integrated Gradients from zeros (Sundararajan et al., ICML 2017) by captum, one forward pass for all targets.
 
+    Of a network with `f(a·x) = a·f(x)` for a > 0, as B-cos networks without biases but that of the logits are (up to
+    what keeps norms from 0), this is Input x Gradient, with any number of steps.
+
     Args:
         model: The network.
         x: Inputs (N, C, H, W).

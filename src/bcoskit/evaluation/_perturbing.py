@@ -1,6 +1,5 @@
 """Attribution by what happens when parts of an image are hidden; each sample is computed once for all targets."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -193,22 +192,25 @@ def _by_segments(
             segments = _segments(sample, kernel_size)
             number = int(segments.max()) + 1
             hidden = _means(sample, segments, number)[None]
-            forward = _Replayed(model, classes)
-            for _ in classes:
-                if number == 1:  # there is nothing to compare: all that is hidden counts
-                    weights = forward(sample[None]) - forward(hidden)
-                else:
-                    with random_from(seed, x.device):
-                        weights = engine(forward).attribute(
-                            sample[None],
-                            baselines=hidden,
-                            feature_mask=segments[None, None],
-                            n_samples=count,
-                            perturbations_per_eval=batch_size,
-                            return_input_shape=False,
-                        )
-                maps.append(shown(weights.flatten().to(x))[segments])
-                forward.next_target()
+            outputs = _Outputs(model, classes)
+            if number == 1:  # there is nothing to compare: all that is hidden counts
+                outputs(sample[None])
+                outputs(hidden)
+                visible, not_visible = outputs.all()
+                weights = (visible - not_visible)[:, None]
+            else:
+                explainer = engine(outputs)
+                explainer.interpretable_model = _Regressions(explainer.interpretable_model, outputs)
+                with random_from(seed, x.device):
+                    weights = explainer.attribute(
+                        sample[None],
+                        baselines=hidden,
+                        feature_mask=segments[None, None],
+                        n_samples=count,
+                        perturbations_per_eval=batch_size,
+                        return_input_shape=False,
+                    )
+            maps += [shown(each)[segments] for each in weights.to(x)]
     return torch.stack(maps).unflatten(0, tuple(target.shape))
 
 
@@ -244,27 +246,35 @@ def _probabilities(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     return probabilities_of(model, logits)[:, classes]
 
 
-class _Replayed:
-    """The probabilities of one target of an image, and then of the next, on the same sequence of samples.
-
-    Each sample is computed once: its methods ask for the same ones again for each target, since they are seeded.
-    """
+class _Outputs:
+    """The probabilities of the first target, as captum wants them, which keeps those of all targets."""
 
     def __init__(self, model: nn.Module, classes: Tensor) -> None:
         self._model, self._classes = model, classes
-        self._index = 0
-        self._position = itertools.count()
-        self._seen: list[tuple[Tensor, Tensor]] = []
-
-    def next_target(self) -> None:
-        self._index += 1
-        self._position = itertools.count()
+        self._seen: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        position = next(self._position)
-        if position == len(self._seen):
-            found = _probabilities(self._model, x, self._classes)
-            self._seen.append((x.sum((1, 2, 3)), found))
-        check, found = self._seen[position]
-        assert torch.equal(check, x.sum((1, 2, 3))), "samples of another target differ"
-        return found[:, self._index]
+        self._seen.append(_probabilities(self._model, x, self._classes))
+        return self._seen[-1][:, 0]
+
+    def all(self) -> Tensor:
+        """Of all samples so far and all targets, (M, K)."""
+        return torch.cat(self._seen)
+
+
+class _Regressions:
+    """In the place of captum's regression one of each target, on the same samples."""
+
+    def __init__(self, regression: Any, outputs: _Outputs) -> None:
+        self._regression, self._outputs = regression, outputs
+        self._weights: list[Tensor] = []
+
+    def fit(self, train_data: Any) -> None:
+        samples, _, weights = train_data.dataset.tensors
+        for column in self._outputs.all().float().unbind(1):
+            self._regression.fit([(samples, column, weights)])
+            self._weights.append(self._regression.representation().detach().flatten())
+
+    def representation(self) -> Tensor:
+        """Of all targets, (K, segments)."""
+        return torch.stack(self._weights)
