@@ -5,8 +5,8 @@
 
 `FILE` of `--weights` is `resnet20-12fca82f.th` (Idelbayev, BSD-2), an ordinary ResNet-20; that of `--lite0` is
 written by `benchmarks/photographs.py`. Each network and method is a run of its own in `runs/evaluation`, the quick ones
-first, and goes on where it was cut off; several calls at once share the work. `--report` writes
-`docs/results/evaluation.*` of the runs that are finished.
+first, and goes on where it was cut off; several calls at once share the work. `--report` adds the runs that are
+finished to `docs/results/evaluation.*`; `evaluation.parquet` there has the score of every image in every grid.
 
 A B-cos network has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for B-cos
 layers, is Input x Gradient.
@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,6 +45,7 @@ from bcoskit.evaluation._write import title_of
 
 RUNS = Path("runs", "evaluation")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+COLUMNS = ("network", "run", "unit", "cell", "image", "target", "score")
 # The quickest first.
 CIFAR_METHODS: dict[str, Any] = {
     "bcos": "bcos",
@@ -51,6 +54,7 @@ CIFAR_METHODS: dict[str, Any] = {
     "grad_cam": "grad_cam",
     "guided_backprop": "guided_backprop",
     "deep_lift": "deep_lift",
+    "guided_grad_cam": "guided_grad_cam",
     "occlusion": partial(METHODS["occlusion"], window=16, stride=8),
     "integrated_gradients": "integrated_gradients",
     "lime": "lime",
@@ -150,12 +154,15 @@ def finished(name: str, method: str) -> dict[str, Any] | None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """The results as JSON, tables and figures."""
+    """The results as JSON, Parquet, tables and figures."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    stored = RESULTS / "evaluation.json"
+    before: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    rows = _rows_before()
     lines = ["# Explanations measured", "", *(__doc__ or "").partition("\n\n")[2].strip("\n").splitlines(), ""]
     collected: dict[str, Any] = {}
     for name, subject in subjects(options).items():
-        found = {method: summary for method in subject.methods if (summary := finished(name, method))}
+        found = _summaries(name, subject, "", before)
         if not found:
             continue
         first = next(iter(found.values()))
@@ -171,12 +178,37 @@ def report(options: argparse.Namespace) -> None:
                 f"| {row['first_quartile']:.3f} to {row['third_quartile']:.3f} | {row['mean']:.3f} |"
             )
         lines.append("")
-        others = {method: summary for method in subject.methods if (summary := finished(name, f"{method}_others"))}
+        others = _summaries(name, subject, "_others", before)
         collected |= {f"{name}_others": others} if others else {}
         lines += _others(others)
-        lines += _pictures(name, subject, list(found))
-    (RESULTS / "evaluation.json").write_text(json.dumps(collected, indent=1) + "\n")
+        rows |= {(name, method): _rows(name, subject, method) for method in found if finished(name, method)}
+        lines += _pictures(name, subject, {method: rows.get((name, method)) for method in found})
+    table = [dict(zip(COLUMNS, (*key, *values), strict=True)) for key, every in rows.items() for values in every]
+    pq.write_table(pa.Table.from_pylist(table), RESULTS / "evaluation.parquet", compression="zstd")
+    stored.write_text(json.dumps(collected, indent=1) + "\n")
     (RESULTS / "evaluation.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _summaries(name: str, subject: Subject, suffix: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Of the runs that are finished, and of those that were when the results were written last."""
+    old = before.get(f"{name}{suffix}", {})
+    new = {method: finished(name, f"{method}{suffix}") or old.get(method) for method in subject.methods}
+    return {method: summary for method, summary in new.items() if summary}
+
+
+def _rows_before() -> dict[tuple[str, str], list[tuple[Any, ...]]]:
+    """The rows that were written last, by network and method."""
+    file = RESULTS / "evaluation.parquet"
+    rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+    for row in pq.read_table(file).to_pylist() if file.exists() else ():
+        rows.setdefault((row["network"], row["run"]), []).append(tuple(row[column] for column in COLUMNS[2:]))
+    return rows
+
+
+def _rows(name: str, subject: Subject, method: str) -> list[tuple[Any, ...]]:
+    """The rows of the pointing game of a finished run."""
+    table = pq.read_table(RUNS / name / method / "rows.parquet", filters=[("metric", "=", subject.metric.name)])
+    return [tuple(row[column] for column in COLUMNS[2:]) for row in table.to_pylist()]
 
 
 def _others(summaries: dict[str, Any]) -> list[str]:
@@ -198,15 +230,27 @@ def _medians(summary: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _pictures(name: str, subject: Subject, methods: list[str]) -> list[str]:
-    results = [_stored(name, subject, method) for method in methods]
-    box_plot(results, RESULTS / f"evaluation_{name}.png", labels=methods)
+def _pictures(name: str, subject: Subject, rows: dict[str, list[tuple[Any, ...]] | None]) -> list[str]:
+    """The figures, drawn anew if the rows of all methods are there."""
+    methods = list(rows)
+    results = [
+        Result(
+            subject.metric.name,
+            method,
+            [dict(zip(COLUMNS[2:], row, strict=True)) for row in every],
+            {"grid": subject.metric.grid},
+        )
+        for method, every in rows.items()
+        if every is not None
+    ]
+    if len(results) == len(methods):
+        box_plot(results, RESULTS / f"evaluation_{name}.png", labels=methods)
+        if subject.data is not None:
+            model = bcoskit.create_model(subject.model, weights=subject.weights)
+            dataset = open_dataset(subject.data, "test", model.transform)
+            chosen = [subject.methods[method] for method in methods]
+            example_sheet(model, dataset, results, chosen, RESULTS / f"evaluation_{name}_examples.png")
     lines = [f"![Scores](evaluation_{name}.png)", ""]
-    if subject.data is not None:
-        model = bcoskit.create_model(subject.model, weights=subject.weights)
-        dataset = open_dataset(subject.data, "test", model.transform)
-        chosen = [subject.methods[method] for method in methods]
-        example_sheet(model, dataset, results, chosen, RESULTS / f"evaluation_{name}_examples.png")
     if (RESULTS / f"evaluation_{name}_examples.png").exists():
         lines += [
             f"Grids at percentiles of the score of {methods[0]}, the cell that is explained framed:",
@@ -215,13 +259,6 @@ def _pictures(name: str, subject: Subject, methods: list[str]) -> list[str]:
             "",
         ]
     return lines
-
-
-def _stored(name: str, subject: Subject, method: str) -> Result:
-    """The result of a finished run, from its rows."""
-    lines = (RUNS / name / method / "rows.jsonl").read_text().splitlines()
-    rows = [row for line in lines if (row := json.loads(line))["metric"] == subject.metric.name]
-    return Result(subject.metric.name, method, rows, {"grid": subject.metric.grid})
 
 
 def main() -> None:

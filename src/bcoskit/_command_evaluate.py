@@ -82,7 +82,7 @@ def evaluate_model(
         metrics: What is measured, one or more: accuracy (always), grid_pointing, energy_pointing, deletion, insertion,
             perturbation, randomization, stability, completeness.
         methods: Attribution methods, one or more: bcos, gradient, input_x_gradient, integrated_gradients, deep_lift,
-            guided_backprop, grad_cam, occlusion, lime, kernel_shap, rise.
+            guided_backprop, grad_cam, guided_grad_cam, occlusion, lime, kernel_shap, rise.
         weights: File or URL of the network's weights; by default those that go with its name.
         out: Folder for the results.
         count: Number of grids, and of images for the other metrics, drawn at random; energy_pointing takes all.

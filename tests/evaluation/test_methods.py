@@ -40,13 +40,25 @@ def of_captum(name, model, x, target):
         return captum.attr.GuidedBackprop(model).attribute(x, target)
     if name == "occlusion":
         return captum.attr.Occlusion(model).attribute(x, (3, 5, 5), (3, 2, 2), target=target)
+    if name == "guided_grad_cam":
+        guided = captum.attr.GuidedGradCam(model, model.act2)
+        return guided.attribute(x, target, interpolate_mode="nearest")
     layer = captum.attr.LayerGradCam(model, model.act2)
     return captum.attr.LayerAttribution.interpolate(layer.attribute(x, target, relu_attributions=True), (8, 8))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["gradient", "input_x_gradient", "integrated_gradients", "deep_lift", "guided_backprop", "grad_cam", "occlusion"],
+    [
+        "gradient",
+        "input_x_gradient",
+        "integrated_gradients",
+        "deep_lift",
+        "guided_backprop",
+        "grad_cam",
+        "guided_grad_cam",
+        "occlusion",
+    ],
 )
 def test_agreement_with_captum(name):
     found = attribute(small(), X, TARGET, name)

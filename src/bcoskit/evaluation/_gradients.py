@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,14 +57,15 @@ def integrated_gradients(
     """
     attr = captum_attr()
     engine = attr.IntegratedGradients(Chosen(model, target), multiply_by_inputs=False)
-
-    def gradients(forward_fn: Any, inputs: Any, **_: Any) -> tuple[Tensor, ...]:
-        return tuple(found.movedim(0, 1) for found in all_targets(forward_fn, inputs))
-
-    engine.gradient_func = gradients
+    engine.gradient_func = _of_all_targets
     start = x.detach().clone().requires_grad_()
     found = engine.attribute(start, n_steps=steps, internal_batch_size=batch_size * len(x))
     return (found * x.unsqueeze(1)).sum(2)
+
+
+def _of_all_targets(forward_fn: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    """In the place of captum's gradients of one target: (N, K, C, H, W)."""
+    return tuple(found.movedim(0, 1) for found in all_targets(forward_fn, inputs))
 
 
 @for_any_target
@@ -73,31 +75,39 @@ def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
     """
-    return _hooked(captum_attr().DeepLift, model, x, target)
+
+    def one(twin: nn.Module, start: Tensor, classes: Tensor) -> Tensor:
+        return captum_attr().DeepLift(Chosen(twin, classes[:, None])).attribute(start, target=0)
+
+    with _for_hooks(model, x) as twin:
+        return each_target(one, twin, x, target)
 
 
 @for_any_target
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive.
 
+    One forward pass for all targets.
     Of activations that are neither ReLU nor ReLU6 it knows nothing: there, as in B-cos networks, it is the gradient.
 
     Raises:
         ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
     """
-    return _hooked(captum_attr().GuidedBackprop, model, x, target)
+    with _for_hooks(model, x) as twin:
+        engine = captum_attr().GuidedBackprop(Chosen(twin, target))
+        engine.gradient_func = _of_all_targets
+        return engine.attribute(x.detach().clone().requires_grad_()).sum(2)
 
 
-def _hooked(engine: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    def one(twin: nn.Module, start: Tensor, classes: Tensor) -> Tensor:
-        return engine(Chosen(twin, classes[:, None])).attribute(start, target=0)
-
+@contextmanager
+def _for_hooks(model: nn.Module, x: Tensor) -> Iterator[nn.Module]:
+    """A copy of the network on which captum can set its hooks."""
     twin = copied(model)
     _split_relu6(twin)
     _check_activations(twin, x[:1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"captum\.")  # that it sets hooks, which it does on our copy
-        return each_target(one, twin, x, target)
+        yield twin
 
 
 def _split_relu6(model: nn.Module) -> None:
@@ -162,6 +172,22 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None =
     if maps[0].ndim != 4:
         raise ValueError(f"`layer` (={path!r}) has no maps, but {tuple(maps[0].shape)}: Grad-CAM needs (N, C, H, W)")
     return F.interpolate(torch.cat(maps, 1).detach(), x.shape[-2:], mode="nearest")
+
+
+@for_any_target
+def guided_grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None = None) -> Tensor:
+    """Guided Grad-CAM (Selvaraju et al., ICCV 2017): Guided Backpropagation times Grad-CAM.
+
+    Args:
+        model: The network.
+        x: Inputs (N, C, H, W).
+        target: Classes (N, K).
+        layer: As for `grad_cam`.
+
+    Raises:
+        ValueError: If one of the two does not fit the network.
+    """
+    return guided_backprop(model, x, target) * grad_cam(model, x, target, layer=layer)
 
 
 def last_map(model: nn.Module, x: Tensor) -> str:

@@ -11,6 +11,7 @@ from bcoskit.evaluation._gradients import (
     grad_cam,
     gradient,
     guided_backprop,
+    guided_grad_cam,
     input_x_gradient,
     integrated_gradients,
 )
@@ -106,6 +107,7 @@ METHODS: dict[str, Method] = {
     "deep_lift": deep_lift,
     "guided_backprop": guided_backprop,
     "grad_cam": grad_cam,
+    "guided_grad_cam": guided_grad_cam,
     "occlusion": occlusion,
     "lime": lime,
     "kernel_shap": kernel_shap,
