@@ -58,25 +58,18 @@ class _Norm(nn.Module):
 
 
 def _over_processes(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Variance, mean and count of the values of all processes, with gradients to each."""
-    counted = torch.cat([mean.flatten().double() * count, mean.new_full((1,), count, dtype=torch.float64)])
-    sums = all_reduce(counted)
-    total = sums[-1]
-    common = (sums[:-1] / total).to(mean.dtype).view_as(mean)
-    share = (count / total).to(mean.dtype)
-    return all_reduce((var + (mean - common).square()) * share), common, int(total)
-
-
-def _gathered(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """As `_over_processes`, without gradients: by one exchange."""
-    own = torch.cat([var.double(), mean.double(), var.new_full((1,), count, dtype=torch.float64)])
-    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, own)
-    variances, means, counts = torch.stack(rows).split([var.numel(), mean.numel(), 1], 1)
+    """Variance, mean and count of the values of all processes, with gradients to each, by one exchange."""
+    own = torch.cat([var.flatten().double(), mean.flatten().double(), var.new_full((1,), count, dtype=torch.float64)])
+    nothing = torch.zeros_like(own)
+    # Every process fills its own row: a sum then gathers them, and has a gradient.
+    rows = all_reduce(
+        torch.stack([own if dist.get_rank() == rank else nothing for rank in range(dist.get_world_size())])
+    )
+    variances, means, counts = rows.split([var.numel(), mean.numel(), 1], 1)
     shares = counts / counts.sum()
     common = (means * shares).sum(0)
     whole = ((variances + (means - common).square()) * shares).sum(0)
-    return whole.to(var.dtype), common.to(mean.dtype), int(counts.sum())
+    return whole.to(var.dtype).view_as(var), common.to(mean.dtype).view_as(mean), int(counts.sum())
 
 
 def _shaped(values: Tensor | None, *shape: int) -> Tensor | None:
@@ -295,12 +288,10 @@ class RunningNorm(_Norm):
             )
         if in_one_pass:
             mean, var = _passes.batch_statistics(x)
-            if self._is_shared():
-                var, mean, count = _gathered(var, mean, count)
         else:
             var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
-            if self._is_shared():
-                var, mean, count = _over_processes(var, mean, count)
+        if self._is_shared():
+            var, mean, count = _over_processes(var, mean, count)
         if self.training and self.running_var is not None:
             self._track(mean.detach(), var.detach(), count)
         return mean, var, count
