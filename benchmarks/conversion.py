@@ -3,10 +3,10 @@
     python benchmarks/conversion.py --data FOLDER --weights FOLDER [--only PATTERN] [--report]
 
 `--weights`: folder with `resnet20-12fca82f.th` and `resnet56-4bfd9763.th` (Idelbayev, BSD-2). Every run is one of
-`bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Writes
-`docs/results/conversion.*`: JSON, a table, and the curves. Images are CIFAR-10 (JPEG q75), on which the pretrained
-weights, of the original pixels, begin lower. While the conversion is gradual, in the first quarter of its epochs, what
-is measured is a network on its way, with an exponent below 2 and some of its biases.
+`bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Adds
+them to `docs/results/conversion.*`: JSON, a table, and the curves. Images are CIFAR-10 (JPEG q75), on which the
+pretrained weights, of the original pixels, begin lower. While the conversion is gradual, in the first quarter of its
+epochs, what is measured is a network on its way, with an exponent below 2 and some of its biases.
 """
 
 import argparse
@@ -58,10 +58,13 @@ def report() -> None:
     """The results as JSON, table and figure."""
     import matplotlib.pyplot as plt
 
-    names = [folder.name for folder in sorted(RUNS.iterdir()) if (folder / "csv").exists()]
-    runs = {name: {"settings": _settings(name), "curve": curve(name)} for name in names}
+    names = [file.parent.name for file in RUNS.glob("*/csv")]
+    stored = RESULTS / "conversion.json"
+    before: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    found = before | {name: {"settings": _settings(name), "curve": curve(name)} for name in names}
+    runs: dict[str, Any] = dict(sorted(found.items()))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "conversion.json").write_text(json.dumps(runs, indent=1) + "\n")
+    stored.write_text(json.dumps(runs, indent=1) + "\n")
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     lines = ["| run | epochs | accuracy on the 8,000 test images, % |", "|---|---|---|"]
     for name, run in runs.items():

@@ -3,8 +3,8 @@
     python benchmarks/sweep.py --data FOLDER [--only PATTERN] [--report]
 
 Every run is one of `bcoskit train`, in `runs/sweep`, followed by a 3×3 pointing game of 200 grids; those that are
-finished are passed over, and one that was cut off goes on; several calls at once share the work. Writes
-`docs/results/b_sweep.*`, `ablation.*` and `parity.*`: JSON, tables and figures of the runs that are finished.
+finished are passed over, and one that was cut off goes on; several calls at once share the work. Adds those that are
+finished to `docs/results/b_sweep.*`, `ablation.*` and `parity.*`: JSON, tables and figures.
 """
 
 import argparse
@@ -149,10 +149,16 @@ def curve(run: Run) -> list[float]:
 
 
 def rows_of(table: str) -> list[dict[str, Any]]:
-    """Of the runs that are finished."""
-    rows = []
+    """Of the runs that are finished, and of those that were when the table was written last."""
+    stored = RESULTS / f"{table}.json"
+    old = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    before = {(row["model"], row["seed"]): row for row in old}
+    rows = list[dict[str, Any]]()
     for run in runs():
-        if run.table != table or not run.pointing.exists():
+        if run.table != table:
+            continue
+        if not run.pointing.exists():
+            rows += filter(None, [before.get((run.model, run.seed))])
             continue
         found = json.loads(run.pointing.read_text())
         ordinary = ".standard" in run.model
