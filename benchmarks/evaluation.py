@@ -9,7 +9,8 @@ first, and goes on where it was cut off; several calls at once share the work. `
 finished to `docs/results/evaluation.*`; `evaluation.parquet` there has the score of every image in every grid.
 
 A B-cos network has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for B-cos
-layers, is Input x Gradient.
+layers, is Input x Gradient. The B-cos ResNet-20 has no biases but that of the logits, so that f(a·x) = a·f(x) but for
+it: its Integrated Gradients from zeros are Input x Gradient too, with any number of points.
 """
 
 import argparse
@@ -60,7 +61,7 @@ CIFAR_METHODS: dict[str, Any] = {
     "lime": "lime",
     "rise": "rise",
 }
-# Of networks that are homogeneous, as the B-cos ResNet-20, any number of points gives the same.
+# Where any number of points gives the same.
 BCOS_METHODS = CIFAR_METHODS | {"integrated_gradients": partial(METHODS["integrated_gradients"], steps=5)}
 # These need forward passes alone, of few shapes.
 COMPILED = ("occlusion", "lime", "rise")
