@@ -63,8 +63,8 @@ CIFAR_METHODS: dict[str, Any] = {
 }
 # Where any number of points gives the same.
 BCOS_METHODS = CIFAR_METHODS | {"integrated_gradients": partial(METHODS["integrated_gradients"], steps=5)}
-# These need forward passes alone, of few shapes.
-COMPILED = ("occlusion", "lime", "rise")
+# These need many forward passes, of few shapes.
+COMPILED = ("lime", "rise")
 IMAGENET_METHODS: dict[str, Any] = {
     name: name for name in ("bcos", "input_x_gradient", "gradient", "grad_cam", "guided_backprop")
 }
@@ -232,29 +232,24 @@ def _medians(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _pictures(name: str, subject: Subject, rows: dict[str, list[tuple[Any, ...]] | None]) -> list[str]:
-    """The figures, drawn anew if the rows of all methods are there."""
-    methods = list(rows)
-    results = [
-        Result(
-            subject.metric.name,
-            method,
-            [dict(zip(COLUMNS[2:], row, strict=True)) for row in every],
-            {"grid": subject.metric.grid},
-        )
+    """The figures, drawn anew of the methods whose rows are there."""
+    metric, settings = subject.metric.name, {"grid": subject.metric.grid}
+    results = {
+        method: Result(metric, method, [dict(zip(COLUMNS[2:], row, strict=True)) for row in every], settings)
         for method, every in rows.items()
         if every is not None
-    ]
-    if len(results) == len(methods):
-        box_plot(results, RESULTS / f"evaluation_{name}.png", labels=methods)
-        if subject.data is not None:
-            model = bcoskit.create_model(subject.model, weights=subject.weights)
-            dataset = open_dataset(subject.data, "test", model.transform)
-            chosen = [subject.methods[method] for method in methods]
-            example_sheet(model, dataset, results, chosen, RESULTS / f"evaluation_{name}_examples.png")
+    }
+    if results:
+        box_plot(list(results.values()), RESULTS / f"evaluation_{name}.png", labels=list(results))
+    if results and subject.data is not None:
+        model = bcoskit.create_model(subject.model, weights=subject.weights)
+        dataset = open_dataset(subject.data, "test", model.transform)
+        chosen = [subject.methods[method] for method in results]
+        example_sheet(model, dataset, list(results.values()), chosen, RESULTS / f"evaluation_{name}_examples.png")
     lines = [f"![Scores](evaluation_{name}.png)", ""]
     if (RESULTS / f"evaluation_{name}_examples.png").exists():
         lines += [
-            f"Grids at percentiles of the score of {methods[0]}, the cell that is explained framed:",
+            f"Grids at percentiles of the score of {next(iter(rows))}, the cell that is explained framed:",
             "",
             f"![Examples](evaluation_{name}_examples.png)",
             "",

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -230,7 +231,8 @@ def example_sheet(
             contributions = attribute(model, grid, torch.tensor([row["target"]], device=grid.device), method)
             axis.imshow(viz.contribution_map(contributions[0]))
             score = next(each["score"] for each in result.rows if (each["unit"], each["cell"]) == (unit, row["cell"]))
-            axis.set_title(f"{name_of(method).replace('_', ' ')}: {score:.2f}", fontsize=7)
+            name = fill(name_of(method).replace("_", " "), 24) + "\n" if unit == units[0] else ""
+            axis.set_title(f"{name}{score:.2f}", fontsize=7)
         side, size = round(len(rows) ** 0.5), cells.shape[-1]
         corner = (row["cell"] // side * size - 0.5, row["cell"] % side * size - 0.5)
         for axis in line:
