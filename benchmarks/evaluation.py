@@ -6,7 +6,7 @@
 `FILE` of `--weights` is `resnet20-12fca82f.th` (Idelbayev, BSD-2), an ordinary ResNet-20; that of `--lite0` is
 written by `benchmarks/photographs.py`. Each network and method is a run of its own in `runs/evaluation`, the quick ones
 first, and goes on where it was cut off; several calls at once share the work. `--report` adds the runs that are
-finished to `docs/results/evaluation.*`; `evaluation.parquet` there has the score of every image in every grid.
+finished to `docs/results/evaluation.*`; `evaluation.parquet` there keeps their score of every image in every grid.
 
 A B-cos network has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for B-cos
 layers, is Input x Gradient. The B-cos ResNet-20 has no biases but that of the logits, so that f(a·x) = a·f(x) but for
@@ -247,6 +247,8 @@ def _pictures(name: str, subject: Subject, rows: dict[str, list[tuple[Any, ...]]
         chosen = [subject.methods[method] for method in results]
         example_sheet(model, dataset, list(results.values()), chosen, RESULTS / f"evaluation_{name}_examples.png")
     lines = [f"![Scores](evaluation_{name}.png)", ""]
+    if results and (missing := [method for method in rows if method not in results]):
+        lines += [f"In the pictures are those whose scores of every grid are kept: not {', '.join(missing)}.", ""]
     if (RESULTS / f"evaluation_{name}_examples.png").exists():
         lines += [
             f"Grids at percentiles of the score of {next(iter(rows))}, the cell that is explained framed:",

@@ -21,6 +21,7 @@ from pathlib import Path
 from kills import images
 from rich.console import Console
 from rich.progress import track
+from speed import machine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,13 +58,15 @@ def main() -> None:
             for processes, found in rates[model].items():
                 out = Path(place, f"{model}-{number}-{processes}")
                 found.append(images_per_second(model, data, out, processes))
-    (RESULTS / "processes.json").write_text(json.dumps({"images_per_second": rates}, indent=1) + "\n")
+    processor = machine().partition(",")[0]
+    results = {"machine": processor, "images_per_second": rates}
+    (RESULTS / "processes.json").write_text(json.dumps(results, indent=1) + "\n")
     lines = [
         "# Two processes",
         "",
         *(__doc__ or "").partition("[--rounds 3]\n\n")[2].partition("\n\nWrites")[0].splitlines(),
         "",
-        f"{options.rounds} rounds in alternation on two cores of an AMD EPYC (`python benchmarks/processes.py`):",
+        f"{options.rounds} rounds in alternation on two cores, {processor} (`python benchmarks/processes.py`):",
         "",
         "| network | images per second, one process | two | two / one, median and range |",
         "|---|---|---|---|",

@@ -14,6 +14,8 @@ from bcoskit._explain import explain
 from bcoskit.evaluation._method import Chosen, all_targets, calls_of, captum_attr, copied, each_target, for_any_target
 from bcoskit.nn import ClassifierHead
 
+_WITHOUT_MAPS = "`method` (='grad_cam', or 'guided_grad_cam', which calls it) needs a layer with maps (N, C, H, W)"
+
 
 @for_any_target
 def bcos(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -87,8 +89,8 @@ def deep_lift(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Guided Backpropagation (Springenberg et al., 2015) by captum: gradients pass a ReLU if they are positive.
 
-    One forward pass for all targets.
-    Of activations that are neither ReLU nor ReLU6 it knows nothing: there, as in B-cos networks, it is the gradient.
+    One forward pass for all targets. Of activations that are neither ReLU nor ReLU6 it knows nothing: there, as in
+    B-cos networks, it is the gradient.
 
     Raises:
         ValueError: If the network has a ReLU that is no `nn.ReLU`, which it could not see.
@@ -187,7 +189,7 @@ def guided_grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str |
     Raises:
         ValueError: If one of the two does not fit the network.
     """
-    return guided_backprop(model, x, target) * grad_cam(model, x, target, layer=layer)
+    return grad_cam(model, x, target, layer=layer) * guided_backprop(model, x, target)
 
 
 def last_map(model: nn.Module, x: Tensor) -> str:
@@ -218,13 +220,10 @@ def last_map(model: nn.Module, x: Tensor) -> str:
     named = [each for each in found if each[0] in stages[-1:]]
     before = [each for each in found if not f"{each[0]}.".startswith(heads)] if heads else found
     if not named and not before:
-        raise ValueError("`method` (='grad_cam') needs a layer with maps (N, C, H, W): no layer returns maps")
+        raise ValueError(f"{_WITHOUT_MAPS}: no layer returns maps")
     path, module, shape = (named or before)[-1]
     # Layers that work on the last axis have the channels there.
     channels_last = isinstance(module, (nn.Linear, nn.LayerNorm)) and "2d" not in type(module).__name__
     if len(shape) != 4 or channels_last:
-        raise ValueError(
-            "`method` (='grad_cam') needs a layer with maps (N, C, H, W) before the classifier, but "
-            f"{path!r} returns {shape}"
-        )
+        raise ValueError(f"{_WITHOUT_MAPS} before the classifier, but {path!r} returns {shape}")
     return path
