@@ -148,7 +148,9 @@ def _check_activations(model: nn.Module, x: Tensor) -> None:
 
 @for_any_target
 def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None = None) -> Tensor:
-    """Grad-CAM (Selvaraju et al., ICCV 2017) by captum, brought to the size of the input by nearest neighbours.
+    """Grad-CAM (Selvaraju et al., ICCV 2017), brought to the size of the input by nearest neighbours.
+
+    `relu(Σ_c A_c · mean(∂logit/∂A_c))` over the channels c of the maps A, one forward pass for all targets.
 
     Args:
         model: The network.
@@ -159,21 +161,38 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None =
     Raises:
         ValueError: If the network has no such layer.
     """
-    attr = captum_attr()
-    whole = copied(model)
-    path = last_map(whole, x[:1]) if layer is None else layer
+    twin = copied(model)
+    path = last_map(twin, x[:1]) if layer is None else layer
+    maps, logits = _maps_and_logits(Chosen(twin, target), twin, path, x)
+    (gradients,) = all_targets(lambda: logits, (maps,))
+    found = F.relu((gradients.mean((3, 4), keepdim=True) * maps.detach()).sum(2)).movedim(0, 1)
+    return F.interpolate(found, x.shape[-2:], mode="nearest")
+
+
+def _maps_and_logits(forward: nn.Module, model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer of the network returns in a forward pass, and the logits."""
     try:
-        chosen = whole.get_submodule(path)
+        layer = model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"`layer` (={path!r}) is no layer of the network") from error
-    start = x.detach().clone().requires_grad_()
-    maps = [
-        attr.LayerGradCam(Chosen(whole, column), chosen).attribute(start, target=0, relu_attributions=True)
-        for column in target.split(1, 1)
-    ]
-    if maps[0].ndim != 4:
-        raise ValueError(f"`layer` (={path!r}) has no maps, but {tuple(maps[0].shape)}: Grad-CAM needs (N, C, H, W)")
-    return F.interpolate(torch.cat(maps, 1).detach(), x.shape[-2:], mode="nearest")
+    returned: list[Any] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        returned.append(output)
+        # What follows may write to what it gets.
+        return output.clone() if isinstance(output, Tensor) else output
+
+    handle = layer.register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            logits = forward(x.detach().clone().requires_grad_())
+    finally:
+        handle.remove()
+    maps = returned[-1] if returned else None
+    if not isinstance(maps, Tensor) or maps.ndim != 4:
+        shown = "nothing" if not returned else tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(f"`layer` (={path!r}) returns no maps, but {shown}: Grad-CAM needs (N, C, H, W)")
+    return maps, logits
 
 
 @for_any_target
