@@ -265,7 +265,7 @@ def report() -> None:
             "ablation",
             "Norms and MaxOut",
             "The same nine layers at B = 2 without ReLU, five epochs each. A u stands for uncentred, bn, ln and pn for "
-            "batch, layer and position norm, linear for a scale without bias.",
+            "batch, layer and position norm, linear for a scale without bias; none is scaled as in the first paper.",
             {"norm": "norm", "MaxOut": "max_out", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
             ablation,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bcoskit
-from bcoskit.models import create_model
+from bcoskit.models import create_model, list_models
 from bcoskit.models.cifar import DEPTHS, BasicBlock, CifarResNet, bcos_cifar_resnet, cifar_resnet
 
 CHANNELS = (16, 32, 64)
@@ -223,3 +223,16 @@ class TestParityWithTheAuthors:
 
 def ours_key(key):
     return key.replace(".linear.", ".").replace("fc.", "fc.conv.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in list_models() if "bcos" in name and name.startswith("cnn9") and name.endswith("cifar10")]
+    + ["resnet20.bcos_v2_cifar10", "resnet20.bcos_v2_nomaxout_cifar10"],
+)
+def test_fresh_networks_tell_images_apart(name):
+    """Each B-cos layer shrinks what it gets: without norms or a scale nothing would be left, nor learnt from."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 32, 32)
+    model = create_model(name).train()
+    assert (model(torch.cat([x, 1 - x], 1)).std(0) > 1e-5).all()
