@@ -4,8 +4,8 @@
 
 Generated images, 128 a step and process, one thread each, not compiled, at a learning rate by which little is learnt,
 since gradients that vanish are slow; what counts is the time from the end of the first epoch to that of the second.
-`cnn9_narrow.bcos_cifar10` has no norms; `resnet20.bcos_cifar10` has batch norms,
-whose statistics the processes exchange at each of 21 layers, so that the slower one is waited for 42 times a step.
+`cnn9_narrow.bcos_cifar10` has no norms; `resnet20.bcos_cifar10` has batch norms, whose statistics the processes
+exchange at each of 21 layers, so that the slower one is waited for 42 times a step.
 
 Writes `benchmarks/results/processes.*`.
 """
