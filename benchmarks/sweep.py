@@ -267,7 +267,8 @@ def report() -> None:
             "ablation",
             "Norms and MaxOut",
             "The same nine layers at B = 2 without ReLU, five epochs each. A u stands for uncentred, bn, ln and pn for "
-            "batch, layer and position norm, linear for a scale without bias; none is scaled as in the first paper.",
+            "batch, layer and position norm, linear for a scale without bias; without norms there is the first paper's "
+            "scale.",
             {"norm": "norm", "MaxOut": "max_out", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
             ablation,
         )

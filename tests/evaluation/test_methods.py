@@ -360,7 +360,7 @@ def test_integrated_gradients_of_a_homogeneous_network_are_input_x_gradient():
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"deep_lift"}))  # captum's hooks live for one target
-def test_samples_are_computed_once_for_all_targets(name):
+def test_all_targets_share_forward_passes(name):
     model = small()
     seen = []
     handle = model.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))

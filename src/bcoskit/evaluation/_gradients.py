@@ -163,16 +163,17 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, *, layer: str | None =
     """
     twin = copied(model)
     path = last_map(twin, x[:1]) if layer is None else layer
-    maps, logits = _maps_and_logits(Chosen(twin, target), twin, path, x)
+    # Captum's takes a forward pass for each target.
+    maps, logits = _maps_and_logits(Chosen(twin, target), path, x)
     (gradients,) = all_targets(lambda: logits, (maps,))
     found = F.relu((gradients.mean((3, 4), keepdim=True) * maps.detach()).sum(2)).movedim(0, 1)
     return F.interpolate(found, x.shape[-2:], mode="nearest")
 
 
-def _maps_and_logits(forward: nn.Module, model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _maps_and_logits(chosen: Chosen, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer of the network returns in a forward pass, and the logits."""
     try:
-        layer = model.get_submodule(path)
+        layer = chosen.get_submodule(f"model.{path}")
     except AttributeError as error:
         raise ValueError(f"`layer` (={path!r}) is no layer of the network") from error
     returned: list[Any] = []
@@ -185,7 +186,7 @@ def _maps_and_logits(forward: nn.Module, model: nn.Module, path: str, x: Tensor)
     handle = layer.register_forward_hook(note)
     try:
         with torch.enable_grad():
-            logits = forward(x.detach().clone().requires_grad_())
+            logits = chosen(x.detach().clone().requires_grad_())
     finally:
         handle.remove()
     maps = returned[-1] if returned else None

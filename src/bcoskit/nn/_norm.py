@@ -7,20 +7,16 @@ statistic is a running one, a network stays free of constants, so that contribut
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from bcoskit import _passes
 from bcoskit.dynamic import NotLinearError, freeze, is_frozen
 from bcoskit.dynamic._formulas import in_single_precision
 from bcoskit.functional import normalize
-
-_LITTLE = 1 << 14  # entries
 
 
 class _Norm(nn.Module):
@@ -58,57 +54,6 @@ class _Norm(nn.Module):
         """The arguments that differ between norms of one class."""
         scale, bias = self.weight is not None, self.bias is not None
         return f"{self.num_channels}, centered={self.centered}, scale={scale}, bias={bias}, eps={self.eps:g}"
-
-
-@_disable_dynamo  # ranks that compile the exchange wait for each other without end
-def _over_processes(var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Variance, mean and count of the values of all processes, with gradients to each, by one exchange."""
-    own = torch.cat([var.flatten().double(), mean.flatten().double(), var.new_full((1,), count, dtype=torch.float64)])
-    variances, means, counts = _Gathered.apply(own).split([var.numel(), mean.numel(), 1], 1)
-    shares = counts / counts.sum()
-    common = (means * shares).sum(0)
-    whole = ((variances + (means - common).square()) * shares).sum(0)
-    return whole.to(var.dtype).view_as(var), common.to(mean.dtype).view_as(mean), int(counts.sum())
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensors of all processes, stacked."""
-    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, x)
-    return torch.stack(rows)
-
-
-class _Gathered(torch.autograd.Function):
-    """The tensors of all processes, stacked, with gradients to each process's own."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        return _rows(own.contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _summed(gradients[0])[dist.get_rank()]
-
-
-class _Summed(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        # Gloo sums little in five times the time in which it gathers it; the norms of ResNet-20 wait for 42 a step.
-        if own.numel() * dist.get_world_size() <= _LITTLE:
-            return _rows(own.contiguous()).sum(0)
-        total = own.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _summed(gradients[0])
-
-
-def _summed(x: Tensor) -> Tensor:
-    return _Summed.apply(x)
 
 
 def _shaped(values: Tensor | None, *shape: int) -> Tensor | None:
@@ -280,8 +225,7 @@ class RunningNorm(_Norm):
             in_one_pass = self._in_one_pass(x, dims)
             mean, var, count = self._batch_statistics(x, dims, in_one_pass)
             if in_one_pass:
-                summed = _summed if self._is_shared() else None
-                y = _passes.uncentered(x, self.weight, mean, var, self.eps, count, summed)
+                y = _passes.uncentered(x, self.weight, mean, var, self.eps, count, self._summed())
                 return y if self.bias is None else y + self.bias.reshape(shape)
         elif not torch.is_grad_enabled() and self._fits_kernel(x, dims) and _passes.way(x) is not None:
             mean = self.running_mean if self.centered else torch.zeros_like(self.running_mean)
@@ -310,6 +254,14 @@ class RunningNorm(_Norm):
     def _is_shared(self) -> bool:
         return self.synchronized and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+    def _summed(self) -> _passes.Summed | None:
+        """The sum over all processes, if their statistics are one."""
+        if not self._is_shared():
+            return None
+        from bcoskit.nn import _exchange
+
+        return _exchange.summed
+
     def _fits_kernel(self, x: Tensor, dims: tuple[int, ...]) -> bool:
         """Whether torch's batch norm has these statistics, in the precision of `x`."""
         parameters = (self.weight, self.bias, self.running_mean, self.running_var)
@@ -330,7 +282,9 @@ class RunningNorm(_Norm):
         else:
             var, mean = torch.var_mean(freeze(in_single_precision(x)), dims, correction=0, keepdim=True)
         if self._is_shared():
-            var, mean, count = _over_processes(var, mean, count)
+            from bcoskit.nn import _exchange
+
+            var, mean, count = _exchange.statistics(var, mean, count)
         if self.training and self.running_var is not None:
             self._track(mean.detach(), var.detach(), count)
         return mean, var, count
