@@ -203,6 +203,21 @@ def test_mixtures_of_encoded_images_are_encoded(options):
         mixed(x[:5], labels[:5], 3, options, seed=5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_targets_are_mixed_as_their_images_are(half):
+    """Of black and white images, whose mixture tells the shares; also where products are in half precision."""
+    white = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    x = white[:, None, None, None].expand(6, 1, 8, 8)
+    several = torch.stack((white, torch.ones(6), torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])), 1)
+    for labels in (several, (1 - white).long()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found, targets = mixed(x, labels, 3, Augmentation(mixup=1.0), seed=5)
+        torch.testing.assert_close(targets[:, 0], found[:, 0, 0, 0], rtol=0, atol=1e-6)
+        assert 0.01 < float(targets[0, 0]) < 0.99
+        torch.testing.assert_close(targets[:, 1], torch.ones(6) if labels is several else 1 - targets[:, 0])
+        torch.testing.assert_close(targets[2:4, 2], several[2:4, 2] if labels is several else torch.zeros(2))
+
+
 def test_images_that_are_not_mixed():
     x, labels = torch.rand(3, 6, 8, 8), torch.tensor([0, 1, 2])
     assert mixed(x, labels, 3, Augmentation(), seed=5)[1] is labels

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import resource
 import signal
@@ -390,14 +391,38 @@ def test_images_of_several_classes(tmp_path):
     assert figures["test_accuracy"] == pytest.approx(float((decisions == images.labels).double().mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": Loss("cross_entropy")}, "`loss.kind`"),
-        ({"augmentation": Augmentation(mixup=0.2)}, "`augmentation.mixup`"),
-        ({"watch_every": 1}, "`watch_every`"),
-    ],
-)
-def test_what_images_of_several_classes_do_not_allow(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        train(write_several(tmp_path / "data"), out=tmp_path / "run", **PLAIN | options)
+def test_images_of_several_classes_are_watched(tmp_path):
+    data = write_several(tmp_path / "data")
+    figures = train(data, out=tmp_path / "run", **PLAIN | {"watch_every": 1})
+    assert -1 <= figures["test_alignment"] <= 1
+    assert figures["test_residual"] < 1e-4
+    assert "test_pointing" not in figures  # a cell of a grid has one class
+    with Image.open(tmp_path / "run" / "explanations" / "epoch-0001.png") as sheet:
+        assert 5 * 96 < sheet.width < 8 * 96  # of the eight test images two are of no class
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples found")
+def test_images_of_no_class_are_not_watched(tmp_path):
+    data = write_several(tmp_path / "data")
+    names = {"info": {"features": {"labels": {"feature": {"names": ["green", "red"]}}}}}
+    for path in data.iterdir():
+        table = pq.read_table(path)
+        rows = [[0, 1] if path.name.startswith("train") else []] * len(table)
+        table = pa.table({"image": table["image"], "labels": pa.array(rows, pa.list_(pa.int64()))})
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), path)
+    figures = train(data, out=tmp_path / "run", **PLAIN | {"watch_every": 1})
+    assert "test_alignment" not in figures
+    assert not (tmp_path / "run" / "explanations").exists()
+
+
+@pytest.mark.parametrize("options", [Augmentation(mixup=0.2), Augmentation(cutmix=1.0)])
+def test_images_of_several_classes_are_mixed(tmp_path, options):
+    data = write_several(tmp_path / "data")
+    for name, augmentation in {"plain": Augmentation(), "mixed": options}.items():
+        train(data, out=tmp_path / name, augmentation=augmentation, **PLAIN)
+    assert not same_weights(tmp_path / "plain", tmp_path / "mixed")
+
+
+def test_what_images_of_several_classes_do_not_allow(tmp_path):
+    with pytest.raises(ValueError, match=r"`loss\.kind`"):
+        train(write_several(tmp_path / "data"), out=tmp_path / "run", **PLAIN | {"loss": Loss("cross_entropy")})

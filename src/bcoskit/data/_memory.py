@@ -41,7 +41,7 @@ class InMemoryImages(TensorDataset):
         return self.labels.ndim == 2
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, dtype=torch.long)
         return self.images[chosen], self.labels[chosen]
 
 

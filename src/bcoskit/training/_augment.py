@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torchvision.transforms import v2
@@ -85,7 +86,8 @@ class _Lighting:
 def mixed(x: Tensor, labels: Tensor, num_classes: int, options: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
     """Mixup and cutmix of encoded images by timm: images, and labels or targets (N, num_classes).
 
-    A mixture of encoded images is the encoding of the mixture: the complement stays the complement.
+    A mixture of encoded images is the encoding of the mixture: the complement stays the complement. Labels are class
+    indices (N,), or zeros and ones (N, num_classes).
     """
     if not (options.mixup or options.cutmix):
         return x, labels
@@ -96,8 +98,11 @@ def mixed(x: Tensor, labels: Tensor, num_classes: int, options: Augmentation, se
     state = np.random.get_state()
     try:
         np.random.seed(seed % 2**32)  # timm draws from numpy's global source
-        mixup = Mixup(options.mixup, options.cutmix, label_smoothing=0.0, num_classes=num_classes)
-        mixed_x, targets = mixup(x.clone(), labels)
+        # Each image is a class of its own: what comes out are its shares in the mixtures.
+        mixup = Mixup(options.mixup, options.cutmix, label_smoothing=0.0, num_classes=len(x))
+        mixed_x, shares = mixup(x.clone(), torch.arange(len(x), device=x.device))
     finally:
         np.random.set_state(state)
-    return mixed_x, targets
+    own = labels if labels.ndim == 2 else F.one_hot(labels.long(), num_classes)
+    with torch.autocast(x.device.type, enabled=False):  # targets in half precision are too coarse
+        return mixed_x, shares @ own.to(shares.dtype)

@@ -178,7 +178,7 @@ def train(
     settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
     check_unchanged(settings, before, out)
     loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
-    _check_images(data, train_images, test_images, batch_size, augmentation, loss, watch_every)
+    _check_images(data, train_images, test_images, batch_size, augmentation, loss)
     network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
     freezing = Freezing(network, fine_tuning)
     learner = Classifier(
@@ -251,7 +251,6 @@ def _check_images(
     batch_size: int,
     augmentation: Augmentation,
     loss: Loss,
-    watch_every: int,
 ) -> None:
     """Whether they go together, and with how they are trained on."""
     if test_images.classes != train_images.classes:
@@ -264,17 +263,8 @@ def _check_images(
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
     if batch_size % 2 and (augmentation.mixup or augmentation.cutmix):
         raise ValueError(f"`batch_size` (={batch_size}) must be even for mixup and cutmix, which take images in pairs")
-    if not train_images.multi_label:
-        return
-    if loss.kind != "bce":
+    if train_images.multi_label and loss.kind != "bce":
         raise ValueError(f"`loss.kind` (={loss.kind!r}) is for images of one class, these have several: take 'bce'")
-    for name, value in {
-        "augmentation.mixup": augmentation.mixup,
-        "augmentation.cutmix": augmentation.cutmix,
-        "watch_every": watch_every,
-    }.items():
-        if value:
-            raise ValueError(f"`{name}` (={value}) is for images of one class, these have several")
 
 
 def _network(

@@ -24,9 +24,10 @@ class Watch(lightning.Callback):
     """After a measurement: figures of explanations of fixed test images, and a sheet of some of them.
 
     `test_pointing` is the median of the grid pointing game on up to 16 grids of 3 × 3 images (2 × 2 with fewer than ten
-    classes; none with fewer than five, and while too few images are classified with confidence), `test_alignment` the
-    mean cosine of `W(x)` with `x`, and `test_residual` the largest part of a logit that contributions and constants
-    leave over, relative.
+    classes; none with fewer than five, where images may be of several classes, and while too few images are classified
+    with confidence), `test_alignment` the mean cosine of `W(x)` with `x`, and `test_residual` the largest part of a
+    logit that contributions and constants leave over, relative. An image of several classes is explained for the first
+    of them, and one of none is left out.
 
     Args:
         images: Test images, of which the first ones are watched.
@@ -46,6 +47,9 @@ class Watch(lightning.Callback):
         model: Any = pl_module.model
         chosen = self._chosen()
         pixels, labels = self.images.__getitems__(chosen.tolist())[:2]  # without those that cannot be read
+        labels = _first_classes(labels)
+        if not len(labels):
+            return
         x = self.transform.encode_pixels(pixels).to(pl_module.device)
         for name, value in self._figures(model, x, labels).items():
             pl_module.log(f"test_{name}", value)
@@ -57,12 +61,13 @@ class Watch(lightning.Callback):
 
     def _chosen(self) -> Tensor:
         """The first images of each class in turn, so that all classes are there."""
-        labels = self.images.labels
+        labels = _first_classes(self.images.labels)
         rank = torch.zeros_like(labels)
         for label in labels.unique():
             mine = labels == label
             rank[mine] = torch.arange(int(mine.sum()))
-        return (rank * (int(labels.max()) + 1) + labels).argsort(stable=True)[:_MEASURED]
+        order = (rank * (int(labels.max()) + 1) + labels).argsort(stable=True)
+        return order[labels[order] >= 0][:_MEASURED]
 
     def _figures(self, model: Any, x: Tensor, labels: Tensor) -> dict[str, float]:
         few = explain(model, x[:_PICTURES], labels[:_PICTURES], shares=True)
@@ -71,7 +76,7 @@ class Watch(lightning.Callback):
         cosines = torch.cat([torch.cosine_similarity(e.weights.flatten(1), e.x.flatten(1), dim=1) for e in found])
         figures = {"alignment": float(cosines.mean()), "residual": float(few.residual.abs().max())}
         grid = 3 if len(self.images.classes) > 9 else 2
-        if len(self.images.classes) > grid**2:
+        if len(self.images.classes) > grid**2 and not self.images.multi_label:
             dataset = list(zip(x.cpu(), labels.tolist(), strict=True))
             ranking = accuracy(model, dataset).rows
             grids = _as_many_grids_as_there_are(ranking, grid)
@@ -96,6 +101,14 @@ class Watch(lightning.Callback):
             below.append((picture, ""))
         with whole_file(file) as unfinished:
             viz.montage([above, below], cell=96).save(unfinished, format="PNG")
+
+
+def _first_classes(labels: Tensor) -> Tensor:
+    """A class index (N,) for each label: itself, or the first class of a row of zeros and ones, -1 if there is none."""
+    if labels.ndim == 1:
+        return labels
+    of_one = labels > 0
+    return torch.where(of_one.any(1), of_one.int().argmax(1), -1)
 
 
 def _as_many_grids_as_there_are(ranking: Sequence[Row], grid: int) -> int:
