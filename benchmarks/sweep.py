@@ -3,7 +3,8 @@
     python benchmarks/sweep.py --data FOLDER [--only PATTERN] [--report]
 
 Every run is one of `bcoskit train`, in `runs/sweep`, followed by a 3×3 pointing game of 200 grids, or of 100 after five
-epochs; those that are finished are passed over, and one that was cut off goes on; several calls at once share the work.
+epochs, or of as many as there are confident images for; those that are finished are passed over, and one that was cut
+off goes on; several calls at once share the work.
 Adds those that are finished to `docs/results/b_sweep.*`, `ablation.*` and `parity.*`: JSON, tables and figures.
 """
 
@@ -12,6 +13,7 @@ import csv
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +26,7 @@ from rich.progress import track
 
 import bcoskit
 from bcoskit.data import open_dataset
-from bcoskit.evaluation import grid_pointing_game
+from bcoskit.evaluation import accuracy, choose_grids, grid_pointing_game
 from bcoskit.training import train
 
 RUNS = Path("runs", "sweep")
@@ -53,7 +55,7 @@ class Run:
         epochs: How many.
         row: What tells it from the others of its table.
         seed: Of weights, order and augmentation.
-        grids: Of the pointing game; of some of these networks there are not enough confident images for more.
+        grids: Of the pointing game, if there are confident images for so many.
     """
 
     table: str
@@ -115,15 +117,23 @@ def pointing(run: Run, data: Path) -> dict[str, Any]:
     """The pointing game of a trained network; by Input x Gradient as well if it is an ordinary one."""
     model = bcoskit.create_model(run.folder / "model.safetensors")
     dataset: Any = open_dataset(data, "test", model.transform)
-    found: dict[str, Any] = {}
-    for method in ("bcos", "input_x_gradient"):
-        try:
-            result = grid_pointing_game(model, dataset, method, grid=3, count=run.grids)
-        except ValueError as error:  # a network that is confident of too few images
-            found[method] = {"error": str(error)}
-            continue
+    count = most_grids(accuracy(model, dataset).rows, run.grids)
+    found: dict[str, Any] = {"grids": count}
+    for method in ("bcos", "input_x_gradient") if count else ():
+        result = grid_pointing_game(model, dataset, method, grid=3, count=count)
         found[method] = {"median": result.median, "quartiles": list(result.quartiles)}
     return found
+
+
+def most_grids(ranking: Sequence[dict[str, Any]], wanted: int) -> int:
+    """How many there are images for that the network is confident of."""
+    for count in range(wanted, 0, -1):
+        try:
+            choose_grids(ranking, grid=3, count=count)
+        except ValueError:
+            continue
+        return count
+    return 0
 
 
 def make(run: Run, data: Path) -> None:
@@ -164,20 +174,21 @@ def rows_of(table: str) -> list[dict[str, Any]]:
             continue
         found = json.loads(run.pointing.read_text())
         ordinary = ".standard" in run.model
-        method = found["input_x_gradient" if ordinary else "bcos"]
-        accuracy = curve(run)
+        method = found.get("input_x_gradient" if ordinary else "bcos", {})
+        measured = curve(run)
         rows.append(
             {
                 **run.row,
                 "model": run.model,
                 "epochs": run.epochs,
                 "seed": run.seed,
-                "accuracy": round(100 * accuracy[-1], 2),
+                "accuracy": round(100 * measured[-1], 2),
                 "pointing_method": "input_x_gradient" if ordinary else "bcos",
                 "pointing_median": method.get("median"),
                 "pointing_quartiles": method.get("quartiles"),
-                "pointing_input_x_gradient": found["input_x_gradient"].get("median"),
-                "curve": [round(100 * value, 2) for value in accuracy],
+                "pointing_input_x_gradient": found.get("input_x_gradient", {}).get("median"),
+                "grids": found.get("grids", run.grids),
+                "curve": [round(100 * value, 2) for value in measured],
             }
         )
     return rows
@@ -187,7 +198,6 @@ def written(table: str, title: str, text: str, columns: dict[str, str], rows: li
     """The JSON and the page of a table."""
     about = {
         "command": COMMAND,
-        "grids": next(run.grids for run in runs() if run.table == table),
         "data": "CIFAR-10 (JPEG q75), 50,000 training and 8,000 test images",
         "versions": {name: importlib.metadata.version(name) for name in ("bcoskit", "torch", "timm", "lightning")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -269,7 +279,14 @@ def report() -> None:
             "The same nine layers at B = 2 without ReLU, five epochs each. A u stands for uncentred, bn, ln and pn for "
             "batch, layer and position norm, linear for a scale without bias; without norms there is the first paper's "
             "scale.",
-            {"norm": "norm", "MaxOut": "max_out", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
+            {
+                "norm": "norm",
+                "MaxOut": "max_out",
+                "accuracy, %": "accuracy",
+                "pointing game": "pointing_median",
+                "Input x Gradient, same network": "pointing_input_x_gradient",
+                "grids": "grids",
+            },
             ablation,
         )
     if parity := rows_of("parity"):
