@@ -2,13 +2,14 @@
 
     python benchmarks/coverage.py [--only PATTERN] [--variants] [--resume]
 
-A family is a module of timm's models; its member is the one with the fewest parameters, as timm's registry tells it.
-Each is built with fresh weights, converted by the default configuration, calibrated so that the signal arrives (the
-uncentred norms get the mean squares of one batch, and filters without norm a size), and then explained and audited: the
-graph (no operation that is not linear), the numbers (derivative of W(x) exactly 0), completeness in single precision,
-W(x) finite and not 0. `exact` is the difference between the logits of the network and of its conversion with exponent 1
-and biases kept. Of networks above 150 million parameters the first three blocks are taken. `--variants` goes through
-further networks with unusual parts. Writes `docs/coverage.md` and `.json`.
+A family is a module of timm's models, or of torchvision's; its member is the one with the fewest parameters, as the
+registry tells it. Each is built with fresh weights, converted by the default configuration, calibrated so that the
+signal arrives (the uncentred norms get the mean squares of one batch, and filters without norm a size), and then
+explained and audited: the graph (no operation that is not linear), the numbers (derivative of W(x) exactly 0),
+completeness in single precision, W(x) finite and not 0. The exact start is the difference between the logits of the
+network and of its conversion with exponent 1 and biases kept; bypassed are layers whose weight a network reads past
+them, and which stay as they are. Of networks above 150 million parameters the first three blocks are taken.
+`--variants` goes through further networks with unusual parts. Writes `docs/coverage.md` and `.json`.
 """
 
 import argparse

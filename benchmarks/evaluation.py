@@ -8,8 +8,8 @@ written by `benchmarks/photographs.py`. Each network and method is a run of its 
 first, and goes on where it was cut off; several calls at once share the work. `--report` adds the runs that are
 finished to `docs/results/evaluation.*`; `evaluation.parquet` there keeps their score of every image in every grid.
 
-A B-cos network has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for B-cos
-layers, is Input x Gradient. The B-cos ResNet-20 has no biases but that of the logits, so that f(a·x) = a·f(x) but for
+The B-cos ResNet-20 has no ReLU: there Guided Backpropagation is the gradient, and DeepLIFT, which has no rule for
+B-cos layers, is Input x Gradient. It has no biases but that of the logits, so that f(a·x) = a·f(x) but for
 it: its Integrated Gradients from zeros are Input x Gradient too, with any number of points. Occlusion comes near W(x)x,
 since it asks the network itself, 121 times for a grid, where W(x)x takes one pass each way; its maps are as coarse as
 its window.

@@ -72,13 +72,17 @@ def write(rows: list[dict[str, Any]], length: float, seed: int) -> str:
     """The runs so far as JSON and as a table, which is returned."""
     text = {"seconds_of_the_whole_run": round(length, 1), "options": OPTIONS, "seed": seed, "runs": rows}
     (RESULTS / "kills.json").write_text(json.dumps(text, indent=1) + "\n")
-    good = sum(row["ended_well"] and row["same"] for row in rows)
     kills = sum(len(row["killed_after"]) for row in rows)
+    killed = [row for row in rows if row["killed_after"]]
+    good = sum(row["ended_well"] and row["same"] for row in killed)
+    spared = [row for row in rows if not row["killed_after"]]
+    also = sum(row["ended_well"] and row["same"] for row in spared)
     lines = [
         "# Trainings that were killed",
         "",
-        f"A run of {length:.0f} seconds, killed {kills} times in {len(rows)} runs at random moments and resumed after "
-        f"each: {good} of {len(rows)} runs ended with the weights of the run that nobody killed, bit for bit.",
+        f"A run of {length:.0f} seconds, killed {kills} times at random moments and resumed after each: {good} of the "
+        f"{len(killed)} runs that were killed ended with the weights of the run that nobody killed, bit for bit, and "
+        f"{also} of the {len(spared)} that had ended before their moment came.",
         "",
         "    python benchmarks/kills.py",
         "",

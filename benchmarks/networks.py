@@ -6,7 +6,7 @@ Each network gets random weights in the authors' format, read from a file as any
 difference of W(x) of one class relative to its largest entry: against the authors' package `bcos` in single precision
 (random running statistics) and in double precision (those of random images); against stored outputs, in double
 precision, for networks that are in no package. Completeness is the residual `logit - Σ W(x)·x - Σ shares` relative to
-the logit, in both precisions. Writes networks.json and the table networks.md, and the numbers of
+the largest of the three, in both precisions. Writes networks.json and the table networks.md, and the numbers of
 parameters that `bcoskit models` lists.
 """
 
@@ -116,9 +116,10 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         "Made by `python benchmarks/networks.py`, which tells what is measured. Accuracies are those that the authors",
         "published, of weights that `create_model(name, weights=True)` loads; all else is of random weights. Parity is",
-        "the largest relative difference from the authors' W(x), in single and double precision; completeness the",
-        "largest residual relative to the logit. Constants are what of a logit does not pass through the input, beside",
-        "the constant of the logits itself.",
+        "the largest relative difference from the authors' W(x), in single and double precision, where their package",
+        "or stored outputs have the network; completeness the largest residual relative to the largest of the logit",
+        "and the sums of contributions and of constants. Constants are what of a logit does not pass through the",
+        "input, beside the constant of the logits itself.",
         "",
         "| network | parameters | published accuracy | parity (single) | parity (double) | completeness (single) | "
         "completeness (double) | constants |",

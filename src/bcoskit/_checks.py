@@ -29,7 +29,7 @@ def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False)
         )
     if x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
-            f"`x` has dtype {x.dtype}, in which W(x) is off by up to a fifth: use `x.float()` and `model.float()`"
+            f"`x` has dtype {x.dtype}, in which W(x) is too coarse to be exact: use `x.float()` and `model.float()`"
         )
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"`x` has shape {tuple(x.shape)}, must be a batch (N, *shape) of at least one sample")
