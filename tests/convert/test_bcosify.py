@@ -672,3 +672,178 @@ def test_linear_layers_between():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
     converted = bcosify(model, BcosConfig(encode=False))
     assert isinstance(converted[1], BcosLinear)
+
+
+class Pooled(nn.Module):
+    """A convolution, a pool over all positions, and a classifier that may have a second name."""
+
+    def __init__(self, pool, head=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.pool = pool
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(8, 5)
+        self.classifier = nn.Sequential(nn.Dropout(), self.fc) if head is None else head
+
+    def forward(self, x):
+        return self.classifier(self.flatten(self.pool(self.conv(x))))
+
+
+class TestConstantsOfLogits:
+    @pytest.mark.parametrize("classifier", ["keep", "before pooling"])
+    def test_a_classifier_of_two_names(self, classifier):
+        model = shaken(Pooled(nn.AdaptiveAvgPool2d(1)))
+        config = replace(EXACT, logit_bias=-3.0, temperature=2.0, classifier=classifier)
+        converted = bcosify(model, config)
+        x = torch.rand(2, 3, 32, 32)
+        assert relative(converted(pairs(x)), model(x) / 2 - 3) < 1e-5
+        assert converted.fc is converted.classifier[1]
+
+    def test_logits_of_no_linear_layer(self):
+        model = shaken(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        report = bcosify(model, BcosConfig.preset("bcosification")).conversion
+        assert [module.detail for module in report.modules if module.kind == "logits"] == [
+            "without a bias: they are not seen to come from a linear layer"
+        ]
+        assert not any(module.kind == "logits" for module in bcosify(model).conversion.modules)
+        for name, value in {"logit_bias": 0.5, "temperature": 2.0}.items():
+            with pytest.raises(ValueError, match=rf"`{name}` \(={value}\)"):
+                bcosify(model, BcosConfig(**{name: value}))
+
+
+def test_a_classifier_of_zeros_is_moved_as_another_one():
+    for pool, moved in {nn.AdaptiveMaxPool2d(1): False, nn.AdaptiveAvgPool2d(1): True}.items():
+        for zeros in (True, False):
+            model = Pooled(pool, nn.Identity())
+            model.classifier = model.fc
+            del model.fc
+            if zeros:
+                nn.init.zeros_(model.classifier.weight)
+                nn.init.zeros_(model.classifier.bias)
+            before = copy.deepcopy(model.state_dict())
+            converted = bcosify(model.eval())
+            assert bool(converted.conversion.of("changed")[0].kind == "classifier") == moved
+            assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+            assert not zeros or not converted(pairs(torch.rand(1, 3, 16, 16))).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_makes_no_other_network(dtype):
+    model = nn.Sequential()
+    model.conv, model.pool, model.flatten = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model.fc = nn.Linear(8, 5)
+    usual = bcosify(model.eval()).state_dict()
+    half = bcosify(copy.deepcopy(model).to(dtype)).state_dict()
+    assert half.keys() == usual.keys()
+    assert "fc.conv.weight" in usual
+    assert all(half[key].dtype == dtype for key in half)
+
+
+class TestPatterns:
+    def test_of_generators(self):
+        model = small(nn.Conv2d(3, 8, 3))
+        path = next(path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+        converted = bcosify(model, skip=(each for each in [path]))
+        assert type(converted.get_submodule(path)) is nn.Linear
+        assert converted.conversion.skip == (path,)
+        own = Rule((nn.Linear,), lambda *_: "is known to be fine")
+        converted = bcosify(model, rules=(rule for rule in [own]))
+        assert {module.outcome for module in converted.conversion.modules if module.path == path} == {"kept"}
+        assert converted.conversion.has_own_rules
+
+
+class TestWhatIsNoLayerOfTorch:
+    def test_activations(self):
+        class Squared(nn.ReLU):
+            def forward(self, x):
+                return x * x
+
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), Squared(), nn.ReLU())
+        converted = bcosify(model, BcosConfig(activations="drop"))
+        assert [type(module) for module in converted[1:]] == [Squared, nn.Identity]
+        assert [module.path for module in converted.conversion.of("left")] == ["1"]
+
+    def test_an_object_with_a_way_of_its_own(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+        layer = model[1]
+        layer._conv_forward = lambda x, weight, bias: 2 * F.conv2d(x, weight, bias)
+        converted = bcosify(model, EXACT, inplace=True)
+        assert type(converted[1]) is nn.Conv2d
+        assert [module.path for module in converted.conversion.of("left")] == ["1"]
+
+    def test_values_that_are_no_parameters(self):
+        from torchvision.ops import FrozenBatchNorm2d
+
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8))
+        assert [module.path for module in bcosify(model).conversion.of("left")] == ["1"]
+
+    def test_norms_of_all_processes_stay_so(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.BatchNorm2d(8))
+        assert [norm.synchronized for norm in bcosify(model.eval())[1:]] == [True, False]
+
+
+class TestLayersThatAreNotCalled:
+    def test_behind_another_input(self):
+        class Own(Bypassing):
+            def forward(self, x):
+                return super().forward((x - 0.5) / 0.25)
+
+        converted = bcosify(shaken(Own()))
+        assert isinstance(converted, PairedInput)
+        assert [module.path for module in converted.conversion.of("bypassed")] == ["mix"]
+
+    def test_a_list_that_is_no_module(self):
+        class Listed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+                self.layers = [self.a, self.b]
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x)
+                return x.mean((2, 3))
+
+        with pytest.raises(ValueError, match=r"plain list, where `nn\.ModuleList`"):
+            bcosify(Listed())
+
+
+def test_hooks_of_attention_can_be_removed():
+    model = Attending().eval()
+    attention = model.encoder.layers[0].self_attn
+    calls = []
+    handle = attention.register_forward_hook(lambda *_: calls.append(1))
+    converted = bcosify(model, inplace=True)
+    calls.clear()
+    converted(pairs(torch.rand(1, 3, 32, 32)))
+    assert calls == [1]
+    handle.remove()
+    converted(pairs(torch.rand(1, 3, 32, 32)))
+    assert calls == [1]
+
+
+class TestWrongArguments:
+    def test_of_the_configuration(self):
+        with pytest.raises(ValueError, match=r"`mean` \(=0\.5\) must be a tuple"):
+            BcosConfig(mean=0.5, std=0.5)
+        with pytest.raises(ValueError, match="as a number of Python"):
+            BcosConfig(b=torch.tensor(2.0))
+        with pytest.raises(TypeError, match="`kinds`"):
+            Rule([nn.Conv2d], lambda *_: "stays")
+
+    def test_tokens_as_an_image(self):
+        model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+        tokens = torch.zeros(1, 5, dtype=torch.long)
+        with pytest.raises(ValueError, match=r"torch\.int64 is no image: give `encode=False`"):
+            bcosify(model, example=tokens)
+        assert isinstance(bcosify(model, BcosConfig(encode=False), example=tokens)[1], BcosLinear)
+
+    def test_a_bias_that_is_pruned(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        prune.random_unstructured(model[0], "bias", 1)
+        with pytest.raises(ValueError, match="makes its weight anew"):
+            bcosify(model, inplace=True)
+        with pytest.raises(TypeError, match="`skip`"):
+            bcosify(model, skip=5)
+        with pytest.raises(TypeError, match="`rules`"):
+            bcosify(model, rules=5)

@@ -99,3 +99,35 @@ def test_the_whole_network_by_name_is_told():
     assert (network.transform.encoding, network.loss, network.in_chans) == ("normalized", "cross_entropy", 3)
     converted.reset_classifier(3)
     assert converted(torch.rand(1, 6, 32, 32)).shape == (1, 3)
+
+
+def test_layers_that_are_skipped_keep_their_exponents(images):
+    network = ordinary()
+    network[3] = bcoskit.nn.BcosConv2d(8, 8, 3, padding=1, b=3.0)
+    gradual = GradualConversion(network, CONFIG, skip=(path for path in ["3"]))
+    expected = network(images)
+    assert torch.allclose(gradual.model(bcoskit.encode(images)), expected, rtol=1e-5, atol=1e-6)
+    for progress in (0.5, 1.0):
+        gradual.set(progress)
+        assert gradual.model[3].b == 3
+    finished = gradual.finish()
+    assert (finished[3].b, finished[0].layer.b, finished[-1].b) == (3, 2, 2)
+
+
+def test_signals_by_an_example():
+    network = nn.Sequential(nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.rand(2, 2, 20)
+    gradual = GradualConversion(network, CONFIG, example=x)
+    assert torch.allclose(gradual.model(torch.cat([x, 1 - x], 1)), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_of_two_layers():
+    network = ordinary()
+    network[3].bias = network[0].bias
+    gradual = GradualConversion(network, CONFIG)
+    first = gradual.model[3].bias.detach().clone()
+    gradual.set(0.5)
+    assert torch.allclose(gradual.model[3].bias, first / 2)
+    finished = gradual.finish()
+    assert finished[3].bias is None
+    assert finished[0].layer.bias is None

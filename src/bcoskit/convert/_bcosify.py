@@ -1,7 +1,7 @@
 """`bcosify`: an ordinary network becomes a B-cos network, module by module, and keeps its weights."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from bcoskit.convert._input import with_constants
 from bcoskit.convert._modules import contents, is_bcos, is_skipped, restore, take_place
 from bcoskit.convert._probe import Probe, probe, probe_any
 from bcoskit.convert._report import ConversionReport, ConvertedModule
-from bcoskit.convert._rules import RULES, Rule, rule_for
+from bcoskit.convert._rules import RULES, UNKNOWN, Rule, rule_for
 from bcoskit.convert._widening import paired, with_pairs
 
 
@@ -57,34 +57,40 @@ def bcosify(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     config = BcosConfig() if config is None else config
-    _check_types(config, rules, skip, example)
+    own, patterns = _checked(config, rules, skip, example)
     if not inplace:
         try:
             copied = copy.deepcopy(model)
         except RuntimeError as error:  # of weights that are made anew before each call, as by pruning
-            _refuse(model, tuple(skip))
+            _refuse(model, patterns)
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(f"`model` cannot be copied, give `inplace=True` or mend this: {reason}") from error
-        return _around(copied, config, tuple(rules), tuple(skip), example)
+        return _around(copied, config, own, patterns, example)
     before = contents(model.modules())
     try:
-        return _around(model, config, tuple(rules), tuple(skip), example)
+        return _around(model, config, own, patterns, example)
     except BaseException:
         restore(before)
         raise
 
 
-def _check_types(config: Any, rules: Any, skip: Any, example: Any) -> None:
+def _checked(config: Any, rules: Any, skip: Any, example: Any) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
+    """The rules and the patterns, which may come from generators, after a look at all types."""
     if not isinstance(config, BcosConfig):
         raise TypeError(f"`config` (={config!r}) must be a BcosConfig, such as BcosConfig.preset('v2')")
-    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
+    own = tuple(rules) if isinstance(rules, Iterable) else (rules,)
+    if not all(isinstance(rule, Rule) for rule in own) or isinstance(rules, Rule):
         raise TypeError(f"`rules` (={rules!r}) must be a sequence of Rule")
-    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+    patterns = tuple(skip) if isinstance(skip, Iterable) else (skip,)
+    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`skip` (={skip!r}) must be a sequence of paths: for a single one give [{skip!r}]")
     if example is not None and not isinstance(example, Tensor):
         raise TypeError(f"`example` must be a tensor, got {type(example).__name__}")
     if example is not None and example.ndim < 2:
         raise ValueError(f"`example` of shape {tuple(example.shape)} must be samples: (N, *shape)")
+    if config.encode and example is not None and not example.is_floating_point():
+        raise ValueError(f"`example` of dtype {example.dtype} is no image: give `encode=False` in `config`")
+    return own, patterns
 
 
 def _converted(
@@ -101,18 +107,31 @@ def _converted(
         config = with_constants(config, model, seen.example.shape[1])
     notes = list[ConvertedModule]()
     classifier = None if seen is None else move_classifier(model, config, seen, skip, notes)
+    if classifier is None and config.has_constants:
+        notes.append(_without_constants(config))
     walk = _Walk(config, (*rules, *RULES), skip, notes)
     root = walk.converted(model, "")
     if not walk.replaced:
         raise ValueError("`model` has no module that a rule converts")
     _write_to_no_input(root)
-    if classifier is not None:
+    if classifier is not None and config.has_constants:
         add_constants(root, config, classifier)
     network = root if not config.encode or seen is None else with_pairs(root, config, seen, notes)
     if seen is not None:
-        notes = _with_bypassed(network, config, seen, notes)
+        notes = _with_bypassed(network, config, seen, notes, "" if network is root else "model.")
     setattr(network, "conversion", ConversionReport(config, tuple(notes), skip, bool(rules)))  # noqa: B010 - no module
     return network
+
+
+def _without_constants(config: BcosConfig) -> ConvertedModule:
+    """What a report says where the logits come from no linear layer, to which their constants could be added."""
+    for name in ("logit_bias", "temperature"):
+        if getattr(config, name) not in (None, "uniform"):
+            raise ValueError(
+                f"`{name}` (={getattr(config, name)}) is for networks whose output is that of a linear layer, which is "
+                "not seen in this one: leave it out"
+            )
+    return ConvertedModule("", "logits", "kept", "without a bias: they are not seen to come from a linear layer")
 
 
 def _around(
@@ -149,7 +168,7 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
     for path, module in model.named_modules():
         if is_skipped(path, skip):
             continue
-        if module._forward_pre_hooks and {"weight_g", "weight_orig"} & set(module._parameters):
+        if module._forward_pre_hooks and any(name.endswith(("_g", "_orig")) for name in module._parameters):
             raise ValueError(
                 f"the module {path!r} makes its weight anew before each call (weight norm, spectral norm, pruning): "
                 "remove that first"
@@ -195,8 +214,8 @@ class _Walk:
             return module
         rule = rule_for(module, self._rules)
         if rule is None:
-            if any(parameter is not None for parameter in module._parameters.values()):
-                self._notes.append(ConvertedModule(path, kind, "left", "has parameters of its own, no rule"))
+            if any(parameter is not None for parameter in module._parameters.values()) or _holds_constants(module):
+                self._notes.append(ConvertedModule(path, kind, "left", "has values of its own, no rule"))
             return module
         made = rule.make(module, self._config, path)
         if not isinstance(made, (str, nn.Module)):
@@ -205,7 +224,7 @@ class _Walk:
                 "why it leaves the old one as it is"
             )
         if isinstance(made, str):
-            outcome = "left" if "own" in made else "kept"
+            outcome = "left" if made in UNKNOWN else "kept"
             self._notes.append(ConvertedModule(path, kind, outcome, made))
             return module
         if made is module:
@@ -217,10 +236,20 @@ class _Walk:
         return made
 
 
+def _holds_constants(module: nn.Module) -> bool:
+    """Whether a layer stores numbers that are no parameters, such as the statistics of a frozen norm."""
+    stored = (value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set)
+    return not module._modules and any(value is not None and value.is_floating_point() for value in stored)
+
+
 def _with_bypassed(
-    network: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]
+    network: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule], above: str
 ) -> list[ConvertedModule]:
-    """Mark the B-cos layers that are never called, where the original called none either."""
+    """Mark the B-cos layers that are never called, where the original called none either.
+
+    Raises:
+        ValueError: If the network does not run, or calls none of them.
+    """
     try:
         called = probe(network, paired(seen.example) if config.encode else seen.example).called
     except Exception as error:
@@ -228,7 +257,13 @@ def _with_bypassed(
             f"the converted network does not run: {' '.join(str(error).split())}; name the module in `skip`, or give a "
             "rule for it"
         ) from error
-    unused = {path for path, module in network.named_modules() if is_bcos(module)} - called
+    layers = {path for path, module in network.named_modules() if is_bcos(module)}
+    unused = {path.removeprefix(above) for path in layers - called}
+    if layers and not layers & called:
+        raise ValueError(
+            "`model` calls none of the modules that were converted: its forward pass uses their weights, or holds them "
+            "in a plain list, where `nn.ModuleList` is to be used"
+        )
     return [
         ConvertedModule(note.path, note.kind, "bypassed", "stays linear: the network uses its weight without a call")
         if note.outcome == "replaced" and note.path in unused

@@ -1,13 +1,16 @@
 """The classifier of a converted network: before or after the pooling, with a bias and a temperature of the logits."""
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bcoskit._double import DoublePrecision
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._modules import HOOKS, TOLERANCE, contents, is_skipped, restore
 from bcoskit.convert._probe import Probe, probe
@@ -18,25 +21,63 @@ from bcoskit.nn import LogitLayer
 def move_classifier(
     model: nn.Module, config: BcosConfig, seen: Probe, skip: tuple[str, ...], notes: list[ConvertedModule]
 ) -> str | None:
-    """The path of the last layer, after it has been put before the pooling where that is wanted and possible."""
+    """The path of the last layer, after it has been put before the pooling where that is wanted and possible.
+
+    None if the output is not that of a linear layer.
+    """
     if seen.last is None or is_skipped(seen.last, skip) or not isinstance(model.get_submodule(seen.last), nn.Linear):
         return None
     if config.classifier == "before pooling":
         for pool_path in _pools_before(model, seen.last):
-            if is_skipped(pool_path, skip):
-                continue
-            # An image with which the map has one position tells nothing: the next one is larger.
-            outcomes = (_moved(model, pool_path, seen.last, *tried) for tried in _larger(model, seen))
-            if next((outcome for outcome in outcomes if outcome is not None), False):
+            if not is_skipped(pool_path, skip) and _can_be_moved(model, pool_path, seen.last, seen.example):
+                _put_before(model, pool_path, seen.last)
                 detail = f"classifies positions, then averages; was {pool_path} and {seen.last}"
                 notes.append(ConvertedModule(seen.last, "classifier", "changed", detail))
-                return f"{seen.last}.logits" if _wants_constants(config) else None
+                return f"{seen.last}.logits"
         notes.append(ConvertedModule(seen.last, "classifier", "kept", "no pool that it could be put before"))
-    return seen.last if _wants_constants(config) else None
+    return seen.last
 
 
-def _wants_constants(config: BcosConfig) -> bool:
-    return config.logit_bias is not None or config.temperature is not None
+def _can_be_moved(model: nn.Module, pool_path: str, last: str, example: Tensor) -> bool:
+    """Whether the output is the same with the classifier before the pool; the network is as before afterwards."""
+    linear: Any = model.get_submodule(last)
+    above = last.rpartition(".")[0]
+    changed = (module for path, module in model.named_modules() if path in (last, pool_path, _flatten_in(above)))
+    if any(vars(module)[name] for module in changed for name in HOOKS):
+        return False
+    is_half = torch.finfo(linear.weight.dtype).bits < 32
+    tried = copy.deepcopy(model).double() if is_half else model
+    before = contents(tried.modules())
+    with DoublePrecision() if is_half else nullcontext(), _random_values(tried.get_submodule(last)):
+        # An image with which the map has one position tells nothing: the next one is larger.
+        for image, expected in _larger(tried, example.double() if is_half else example):
+            try:
+                conv = _put_before(tried, pool_path, last)
+                same = _same_outputs(tried, conv, image, expected)
+            except Exception:  # code between pool and classifier that needs a vector
+                same = False
+            finally:
+                restore(before)
+            if same is not None:
+                return same
+    return False
+
+
+@contextmanager
+def _random_values(linear: Any) -> Iterator[None]:
+    """A classifier of other values inside: one of zeros gives the same output wherever it is."""
+    parameters = [each for each in (linear.weight, linear.bias) if each is not None]
+    values = [each.detach().clone() for each in parameters]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for each in parameters:
+                each.copy_(torch.randn(each.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for each, value in zip(parameters, values, strict=True):
+                each.copy_(value)
 
 
 def _pools_before(model: nn.Module, last: str) -> list[str]:
@@ -48,10 +89,10 @@ def _pools_before(model: nn.Module, last: str) -> list[str]:
     return [path for path in paths if path in known]
 
 
-def _larger(model: nn.Module, seen: Probe) -> Iterator[tuple[Tensor, Tensor]]:
+def _larger(model: nn.Module, small: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs of several sizes and the outputs for them: of a small one the last map may have one position."""
     for factor in (1, 2, 4):
-        example = seen.example.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        example = small.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
         example = example + torch.randn(example.shape, generator=torch.Generator().manual_seed(factor)).to(example)
         try:
             output = probe(model, example).output
@@ -61,34 +102,23 @@ def _larger(model: nn.Module, seen: Probe) -> Iterator[tuple[Tensor, Tensor]]:
             yield example, output
 
 
-def _moved(model: nn.Module, pool_path: str, last: str, example: Tensor, expected: Tensor) -> bool | None:
-    """Put the classifier before the pool, and prove that the output is the same; if not, nothing is changed.
+def _flatten_in(above: str) -> str:
+    return f"{above}.flatten" if above else "flatten"
 
-    None if the example does not tell.
-    """
-    before = contents(model.modules())
+
+def _put_before(model: nn.Module, pool_path: str, last: str) -> nn.Module:
+    """Put the classifier before the pool: the convolution of one position that it becomes."""
     linear: Any = model.get_submodule(last)
-    above = last.rpartition(".")[0]
-    flatten_path = f"{above}.flatten" if above else "flatten"
-    changed = (module for path, module in model.named_modules() if path in (last, pool_path, flatten_path))
-    if any(vars(module)[name] for module in changed for name in HOOKS):
-        return False
+    flatten_path = _flatten_in(last.rpartition(".")[0])
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
     conv.weight = nn.Parameter(linear.weight.detach()[..., None, None], linear.weight.requires_grad)
     conv.bias = linear.bias
     head = nn.Sequential(OrderedDict(conv=conv, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(-3)))
-    same: bool | None = False
-    try:
-        if any(path == flatten_path for path, _ in model.named_modules()):
-            model.set_submodule(flatten_path, nn.Identity().train(linear.training))
-        model.set_submodule(pool_path, nn.Identity().train(linear.training))
-        model.set_submodule(last, head.train(linear.training))
-        same = _same_outputs(model, conv, example, expected)
-    except Exception:  # code between pool and classifier that needs a vector
-        pass
-    if not same:
-        restore(before)
-    return same
+    if any(path == flatten_path for path, _ in model.named_modules()):
+        model.set_submodule(flatten_path, nn.Identity().train(linear.training))
+    model.set_submodule(pool_path, nn.Identity().train(linear.training))
+    model.set_submodule(last, head.train(linear.training))
+    return conv
 
 
 def _same_outputs(model: nn.Module, conv: nn.Module, example: Tensor, expected: Tensor) -> bool | None:
@@ -107,6 +137,7 @@ def _same_outputs(model: nn.Module, conv: nn.Module, example: Tensor, expected: 
 
 
 def add_constants(root: nn.Module, config: BcosConfig, path: str) -> None:
+    """Add bias and temperature behind the last layer, under each name that it has."""
     name = path.removesuffix(".logits")
     layer: Any = root.get_submodule(name)
     last = layer.conv if path != name else layer
@@ -115,5 +146,8 @@ def add_constants(root: nn.Module, config: BcosConfig, path: str) -> None:
     logits = LogitLayer(config.temperature, bias).train(layer.training)
     if path != name:
         layer.add_module("logits", logits)
-    else:
-        root.set_submodule(name, nn.Sequential(OrderedDict(linear=layer, logits=logits)).train(layer.training))
+        return
+    places = [(above, key) for above in root.modules() for key, child in above._modules.items() if child is layer]
+    both = nn.Sequential(OrderedDict(linear=layer, logits=logits)).train(layer.training)
+    for above, key in places:
+        above._modules[key] = both

@@ -11,21 +11,25 @@ class BcosConfig:
 
     Attributes:
         b: Exponent of the B-cos transform, at least 1; with 1 a layer stays linear.
-        learnable_b: Whether every layer gets an exponent of its own that is trained, starting at `b`.
-        max_out: Filters that compete for each output; each starts as a copy of the ordinary one.
+        learnable_b: Whether every layer gets an exponent of its own that is trained, starting at `b`. `bcoskit train`
+            keeps it at least 1; a loop of one's own has to, after each step.
+        max_out: Filters that compete for each output; each starts as a copy of the ordinary one. Transposed
+            convolutions have one.
         normalize_weight: Whether filters are divided by their norm; with pretrained weights that changes the network.
         biases: Whether biases of layers and norms are kept.
         norms: `"uncentered"` for batch norms that only divide, `"keep"` for norms as they are.
-        activations: `"keep"`, or `"drop"` for identities in the place of ReLU and GELU.
-        max_pool: `"keep"`, or `"average"` for average pools in the place of max pools.
-        projections: `"linear"` for queries, keys and values that stay ordinary layers, or `"bcos"`.
+        activations: `"keep"`, or `"drop"` for identities in the place of ReLU and GELU, where these are modules.
+        max_pool: `"keep"`, or `"average"` for average pools in the place of max pools, where these are modules.
+        projections: `"linear"` for queries, keys and values that stay ordinary layers, or `"bcos"`, but for those of
+            `nn.MultiheadAttention`, which are one matrix.
         encode: Whether the converted network takes `[x, 1 - x]`, twice the channels, where the original took `x`.
         mean: Mean of the image per channel, which the network itself subtracts then; None for what the network's own
             configuration (of timm) says, or else 0.
         std: Standard deviation that goes with `mean`; None likewise, or else 1.
         classifier: `"before pooling"` to classify positions and then average, where the network can be told so, or
             `"keep"`.
-        logit_bias: Constant of the logits; `"uniform"` for `-log(classes - 1)`, None for none.
+        logit_bias: Constant of the logits; `"uniform"` for `-log(classes - 1)` if they come from a linear layer, None
+            for none.
         temperature: Divisor of the logits; None for 1.
 
     Raises:
@@ -59,7 +63,7 @@ class BcosConfig:
 
     def __post_init__(self) -> None:
         if not _is_number(self.b) or not 1 <= self.b < math.inf:
-            raise ValueError(f"`b` (={self.b}) must be a finite exponent of at least 1")
+            raise ValueError(f"`b` (={self.b!r}) must be a finite exponent of at least 1, as a number of Python")
         if type(self.max_out) is not int or self.max_out < 1:
             raise ValueError(f"`max_out` (={self.max_out}) must be an integer of at least 1")
         for name in ("learnable_b", "normalize_weight", "encode"):
@@ -72,6 +76,9 @@ class BcosConfig:
             raise ValueError(f"`logit_bias` (={self.logit_bias!r}) must be a finite number, 'uniform' or None")
         if self.temperature is not None and not (_is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"`temperature` (={self.temperature}) must be a finite divisor above 0, or None")
+        for name in ("mean", "std"):
+            if not isinstance(getattr(self, name), (tuple, list, type(None))):
+                raise ValueError(f"`{name}` (={getattr(self, name)}) must be a tuple of numbers")  # noqa: TRY004
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError(f"`mean` (={self.mean}) and `std` (={self.std}) must have as many values")
         if self.mean is not None and not all(map(_is_number, self.mean)):
@@ -80,6 +87,11 @@ class BcosConfig:
             raise ValueError(f"`std` (={self.std}) must be finite and above 0")
         if not self.encode and self.mean is not None:
             raise ValueError("`mean` and `std` need `encode` (=False): without it the input is taken as it comes")
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether there are constants of the logits, a bias or a temperature."""
+        return self.logit_bias is not None or self.temperature is not None
 
     @classmethod
     def preset(cls, name: str) -> "BcosConfig":

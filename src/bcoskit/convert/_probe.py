@@ -44,7 +44,9 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
     handles: list[Any] = []
 
     def watch(path: str, module: nn.Module) -> None:
-        def note(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        def note(caller: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if caller is not module:  # the one in whose place this one came, and whose hooks it shares
+                return
             called.add(path)
             if arguments and isinstance(arguments[0], Tensor) and _is_same(arguments[0], example):
                 readers.append(path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._layers import ExplicitMultiheadAttention, StandardizedConv2d
+from bcoskit.convert._modules import HOOKS
 from bcoskit.nn import (
     BatchNorm,
     BcosConv1d,
@@ -43,6 +44,11 @@ class Rule:
     kinds: tuple[type[nn.Module], ...]
     make: Make
 
+    def __post_init__(self) -> None:
+        kinds: Any = self.kinds
+        if not isinstance(kinds, tuple) or not all(isinstance(kind, type) for kind in kinds):
+            raise TypeError(f"`kinds` (={kinds!r}) must be a tuple of classes")
+
 
 def rule_for(module: nn.Module, rules: tuple[Rule, ...]) -> Rule | None:
     """The first rule of a module, None if there is none."""
@@ -68,6 +74,9 @@ _STANDARDIZED = (
     ScaledStdConv2dSame,
 )
 _OWN_FORWARD = "has a forward pass of its own that no rule knows"
+_OWN_TOKENS = "has tokens of its own (`add_bias_kv` or `add_zero_attn`)"
+UNKNOWN = (_OWN_FORWARD, _OWN_TOKENS)
+"""The reasons that tell of a module which no rule knows."""
 
 
 def _exponent(config: BcosConfig, weight: Tensor) -> float | Tensor:
@@ -92,7 +101,7 @@ def _taken_over(new: Any, old: Any, config: BcosConfig) -> Any:
 
 def _plain(module: nn.Module, *owners: type[Any]) -> bool:
     """Whether a module computes what one of the classes does: no subclass, or object, has a way of its own."""
-    return "forward" not in vars(module) and any(
+    return not {"forward", "_conv_forward"} & set(vars(module)) and any(
         type(module).forward is owner.forward and _inner(type(module)) is _inner(owner) for owner in owners
     )
 
@@ -192,9 +201,11 @@ def _of_attention(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     if not _plain(old, nn.MultiheadAttention):
         return _OWN_FORWARD
     if old.bias_k is not None or old.bias_v is not None or old.add_zero_attn:
-        return "has tokens of its own (`add_bias_kv` or `add_zero_attn`)"
+        return _OWN_TOKENS
     new: Any = ExplicitMultiheadAttention.__new__(ExplicitMultiheadAttention)
-    new.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in old.__dict__.items()}
+    # Hooks stay in the tables of which the handles know that remove them.
+    own = {name: value for name, value in vars(old).items() if isinstance(value, dict) and name not in HOOKS}
+    new.__dict__ = vars(old) | {name: value.copy() for name, value in own.items()}
     projection = BcosLinear(
         old.embed_dim,
         old.embed_dim,
@@ -240,6 +251,7 @@ def _batch_norm(old: Any, config: BcosConfig) -> nn.Module:
         new.bias = nn.Parameter(shift if old.bias is None else shift + old.bias.detach(), learns)
     if new.num_batches_tracked is not None and old.num_batches_tracked is not None:
         new.num_batches_tracked.copy_(old.num_batches_tracked)
+    new.synchronized = isinstance(old, nn.SyncBatchNorm)
     return new.to(old.running_var.device, old.running_var.dtype)
 
 
@@ -281,11 +293,14 @@ def _of_max_pool(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     return average(old.kernel_size, old.stride, old.padding, ceil_mode=old.ceil_mode)
 
 
-def _of_activation(_old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
-    return "an activation" if config.activations == "keep" else nn.Identity()
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU, GELU)
 
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU)
+def _of_activation(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
+    if config.activations == "keep":
+        return "an activation"
+    return nn.Identity() if _plain(old, *_ACTIVATIONS) else _OWN_FORWARD
+
 
 RULES: tuple[Rule, ...] = (
     Rule((nn.TransformerEncoderLayer,), _of_encoder_layer),
@@ -300,6 +315,6 @@ RULES: tuple[Rule, ...] = (
     Rule((nn.LayerNorm, nn.GroupNorm), _without_bias),
     Rule((nn.Embedding,), _of_embedding),
     Rule((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _of_max_pool),
-    Rule((*_ACTIVATIONS, GELU), _of_activation),
+    Rule(_ACTIVATIONS, _of_activation),
 )
 """The rules, of which the first that knows a module counts."""

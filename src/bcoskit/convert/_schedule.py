@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bcoskit.convert._bcosify import bcosify
 from bcoskit.convert._config import BcosConfig
+from bcoskit.convert._rules import Rule
 from bcoskit.nn._base import BcosArguments
 
 
@@ -45,7 +46,8 @@ class GradualConversion:
     """A conversion that begins where the ordinary network is, and moves to the B-cos network while one trains.
 
     At progress 0 all exponents are 1 and all biases are there, so that the logits are those of the ordinary network,
-    but for what changes at once: max pools that become average pools, activations that are dropped. At progress `p` in
+    but for what changes at once: max pools that become average pools, activations that are dropped, filters of unit
+    norm, bias and temperature of the logits. At progress `p` in
     [0, 1] exponents are `1 + p · (b - 1)` and biases `1 - p` times their first values (options of the
     implementation of Arya et al., NeurIPS 2024, which moves the exponent alone).
 
@@ -58,7 +60,9 @@ class GradualConversion:
     Args:
         model: The ordinary network; it is not changed.
         config: What it is to become.
-        skip: As of `bcosify`.
+        rules: As of `bcosify`.
+        skip: As of `bcosify`; B-cos layers among these keep their exponents.
+        example: As of `bcosify`.
 
     Attributes:
         model: The network that is trained. Biases that are to vanish and exponents do not require gradients.
@@ -68,16 +72,29 @@ class GradualConversion:
         ValueError: As `bcosify`.
     """
 
-    def __init__(self, model: nn.Module, config: BcosConfig | None = None, *, skip: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: BcosConfig | None = None,
+        *,
+        rules: Sequence[Rule] = (),
+        skip: Sequence[str] = (),
+        example: Tensor | None = None,
+    ) -> None:
         config = BcosConfig() if config is None else config
-        self._target: Any = bcosify(model, config, skip=skip)
+        rules, skip = tuple(rules), skip if isinstance(skip, str) else tuple(skip)
+        self._target: Any = bcosify(model, config, rules=rules, skip=skip, example=example)
         start = replace(config, b=1.0, biases="keep", learnable_b=False)
-        self.model: Any = bcosify(model, start, skip=skip)
+        ordinary = copy.deepcopy(model)
+        skipped = set(_layers_of(ordinary))
+        self.model: Any = bcosify(ordinary, start, rules=rules, skip=skip, example=example, inplace=True)
+        self._converted = [layer not in skipped for layer in _layers_of(self.model)]
         self.progress = 0.0
         self._b = config.b
         self._finished = False
-        staying = {name for name, _ in self._target.named_parameters()}
-        self._fading = [name for name, _ in self.model.named_parameters() if name not in staying]
+        staying = {name for name, _ in self._target.named_parameters(remove_duplicate=False)}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._fading = [name for name, _ in named if name not in staying]
         for name in self._fading:
             self.model.get_parameter(name).requires_grad_(False)
         for layer in self._layers():  # as tensors, whose values may change in a compiled network
@@ -99,9 +116,10 @@ class GradualConversion:
             return
         factor = (1 - progress) / (1 - self.progress)
         with torch.no_grad():
-            for name in self._fading:
-                self.model.get_parameter(name).mul_(factor)
-        set_b(self.model, 1 + progress * (self._b - 1))
+            for parameter in {self.model.get_parameter(name): None for name in self._fading}:  # some have two names
+                parameter.mul_(factor)
+            for layer in self._layers():
+                layer.b.fill_(1 + progress * (self._b - 1))
         self.progress = progress
 
     def finish(self) -> Any:
@@ -116,7 +134,7 @@ class GradualConversion:
         for name in self._fading:
             path, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(path), attribute, None)
-        for layer, wanted in zip(self._layers(), _layers_of(self._target), strict=True):
+        for layer, wanted in zip(self._layers(), self._made_of(self._target), strict=True):
             del layer.b
             layer.b = copy.deepcopy(wanted.b)
         for part, wanted in zip(self.model.modules(), self._target.modules(), strict=True):
@@ -126,7 +144,11 @@ class GradualConversion:
         return self.model
 
     def _layers(self) -> list[Any]:
-        return _layers_of(self.model)
+        return self._made_of(self.model)
+
+    def _made_of(self, network: nn.Module) -> list[Any]:
+        """The B-cos layers that the conversion has made, and not those that it found."""
+        return [layer for layer, made in zip(_layers_of(network), self._converted, strict=True) if made]
 
 
 def _layers_of(model: nn.Module) -> list[Any]:
