@@ -456,3 +456,12 @@ class TestMatching:
         for mine, theirs in ((("b", "a", "a"), ("a", "a", "b")), (("a",), ("a", "a")), (("a", "a"), ("a", "b"))):
             with pytest.raises(ValueError, match="two classes 'a'"):
                 self.images(mine, [0]).match(theirs)
+
+
+def test_shards_without_labels_are_passed_over(tmp_path):
+    write_simple(tmp_path / "data" / "train-0.parquet")
+    write_simple(tmp_path / "data" / "test-0.parquet", labels=(-1, -1, -1))
+    with pytest.raises(ImageError, match="has no labels, all of them are -1"):
+        open_dataset(tmp_path, "test")
+    write_simple(tmp_path / "data" / "validation-0.parquet", values=(7, 8, 9))
+    assert items(open_dataset(tmp_path, "test")) == [(7, 0), (8, 1), (9, 0)]

@@ -42,6 +42,20 @@ def write_tar(path, members):
 
 
 class TestTarImages:
+    def test_labels_that_are_none(self, tmp_path):
+        for members, message in (
+            ([("1.png", encoded(1)), ("1.cls", b"1"), ("1.cls", b"0")], "sample '1' has two labels"),
+            ([("1.png", encoded(1)), ("1.cls", b"1_0")], "is no class index"),
+        ):
+            with pytest.raises(ImageError, match=message):
+                TarImages([write_tar(tmp_path / "train.tar", members)])
+        with pytest.raises(TypeError, match="must be a list of tar files"):
+            TarImages(tmp_path / "train.tar")
+        ones = [(f"{index}.{kind}", content) for index in (1, 2)
+                for kind, content in (("png", encoded(index)), ("cls", b"0 1" if index == 1 else b"1 0"))]  # fmt: skip
+        with pytest.raises(ImageError, match="not zeros and ones"):
+            TarImages([write_tar(tmp_path / "train.tar", ones)])
+
     def test_what_webdataset_writes(self, tmp_path):
         for index in (0, 1):
             with webdataset.TarWriter(str(tmp_path / f"train-{index:03d}.tar")) as sink:

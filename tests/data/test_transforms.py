@@ -126,3 +126,13 @@ def test_elongated_images_do_not_fill_the_memory():
     assert ImageTransform(8)(Image.new("RGB", (500, 2))).shape == (6, 8, 8)
     with pytest.raises(ImageError, match="30000x1 pixels is too elongated"):
         ImageTransform(224)(Image.new("RGB", (30_000, 1)))
+
+
+def test_grey_of_colours_is_what_the_view_shows():
+    transform = ImageTransform(8, channels=1)
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    found = transform.encode_pixels(torch.from_numpy(colours).movedim(-1, 0))
+    assert torch.equal(found, transform(Image.fromarray(colours)))
+    assert found.shape == (2, 8, 8)
+    grey = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(2, 3, 1, 1)
+    assert torch.equal(transform.encode_pixels(grey)[:, :1], grey[:, :1] / 255)

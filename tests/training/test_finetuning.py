@@ -12,8 +12,11 @@ from bcoskit import cli
 from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.data import ImageError
 from bcoskit.models import create_model, save_model
-from bcoskit.training import align, train
-from bcoskit.training._align import Aligner, alignment_loss
+from bcoskit.training import Hardware, Optimization, align, train
+from bcoskit.training._align import Aligner, _splits, alignment_loss, augmentation
+from bcoskit.training._augment import one_by_one
+from bcoskit.training._loading import Unreadable
+from bcoskit.training._module import seeded
 from training_runs import break_off, same_weights, write_images
 
 NAME = "resnet20.standard_cifar10"
@@ -61,6 +64,14 @@ class TestFineTuning:
         settings = json.loads((tmp_path / "run" / "settings.json").read_text())
         assert settings["gradual"] == gradual
         assert settings["learning_rate"] == 1e-4
+
+    def test_learnable_exponents_are_at_least_1(self, data, tmp_path, weights):
+        options = Optimization(optimizer="sgd", weight_decay=5.0)  # which pulls them down
+        tune(data, tmp_path / "run", weights, b=1.0, learnable_b=True, learning_rate=0.01, optimization=options)
+        state = create_model(tmp_path / "run" / "model.safetensors").state_dict()
+        exponents = torch.stack([value for name, value in state.items() if name.endswith(".b")])
+        assert bool((exponents >= 1).all())
+        assert bool((exponents == 1).any())
 
     def test_it_begins_with_the_weights(self, data, tmp_path, weights):
         tune(data, tmp_path / "run", weights, learning_rate=1e-12, epochs=1)
@@ -122,6 +133,9 @@ class TestFineTuning:
             ({"gradual": 1.5}, "`gradual`"),
             ({"gradual": 0.5, "learnable_b": True}, "`gradual`"),
             ({"b": 0.5}, "`b`"),
+            ({"learnable_b": True, "hardware": Hardware(strategy="fsdp")}, "`learnable_b` makes exponents numbers"),
+            ({"gradual": 0.5, "hardware": Hardware(strategy="fsdp")}, "`gradual` makes exponents numbers"),
+            ({"optimization": Optimization(ema=0.9, ema_every=9)}, "`ema_every`"),
             ({"convert": "none", "b": 2.0}, "`b`"),
             ({"convert": "none", "gradual": 0.5}, "`gradual`"),
         ],
@@ -143,6 +157,66 @@ class TestAlignment:
         assert float(alignment_loss(shifted, outputs)) < 1e-10
         nothing = (torch.zeros_like(outputs[0]), [torch.zeros_like(outputs[1][0])])
         assert float(alignment_loss(nothing, outputs)) == pytest.approx(1)
+
+    def test_the_loss_of_half_precision(self):
+        """Squares of what half precision holds leave its range, up and down."""
+        for size in (400.0, 1e-4):
+            theirs = size * torch.tensor([[1.0, -1.0], [0.5, 0.25]])
+            logits = torch.tensor([[300.0, -300.0], [1.0, 2.0]])
+            expected = alignment_loss((logits / 2, [theirs / 2]), (logits, [theirs]))
+            half = alignment_loss(
+                (logits.half() / 2, [theirs.half() / 2]),
+                (logits.half(), [theirs.half()]),
+            )
+            assert float(expected) == pytest.approx(0.25)
+            assert float(half) == pytest.approx(0.25, rel=1e-2)
+
+    def test_the_teacher_goes_where_the_student_goes(self, weights):
+        teacher = create_model(weights)
+        student = bcosify(teacher)
+        common = {"size": 32, "has_labels": False, "compile_step": False, "learning_rate": 1e-3, "seed": 0}
+        aligner = Aligner(student, teacher, {"layer1": "layer1"}, **common).double()
+        assert {each.dtype for each in teacher.parameters()} == {torch.float64}
+        aligner.to("meta")
+        assert all(each.is_meta for network in (student, teacher) for each in network.parameters())
+        assert not any(each.requires_grad for each in teacher.parameters())
+
+    def test_splits_without_labels(self, data, tmp_path, weights):
+        for split in ("train", "test"):
+            (tmp_path / "images" / split).mkdir(parents=True)
+            for index, file in enumerate(sorted((data / split).rglob("*.png"))):
+                shutil.copy(file, tmp_path / "images" / split / f"{index}.png")
+        learnt, measured, has_labels = _splits(
+            tmp_path / "images", create_model(weights).transform, (), Unreadable(0, tmp_path, False)
+        )
+        assert (len(learnt), len(measured)) == tuple(
+            len(list((data / each).rglob("*.png"))) for each in ("train", "test")
+        )
+        assert not has_labels
+        shutil.rmtree(tmp_path / "images" / "test")
+        learnt, measured, _ = _splits(
+            tmp_path / "images", create_model(weights).transform, (), Unreadable(0, tmp_path, False)
+        )
+        assert len(measured) == 2  # every tenth of 16
+
+    def test_a_batch_of_two_processes_is_changed_as_one(self):
+        images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+        change = augmentation(32)
+        whole = one_by_one(images, change, seeded(1))
+        parts = [one_by_one(images[2 * part : 2 * part + 2], change, seeded(1), (part, 2)) for part in (0, 1)]
+        assert torch.equal(torch.cat(parts), whole)
+        assert not torch.equal(whole[:2], one_by_one(images[:2], change, seeded(1), (1, 2)))
+
+    def test_another_precision_is_another_run(self, data, tmp_path, weights):
+        teach(data, tmp_path / "run", weights, epochs=1)
+        with pytest.raises(ValueError, match=r"`precision` \(=bf16\) was 32"):
+            teach(data, tmp_path / "run", weights, epochs=1, resume=True, hardware=Hardware("cpu", precision="bf16"))
+
+    def test_a_file_has_its_own_weights(self, data, tmp_path, weights):
+        with pytest.raises(ValueError, match="is a file of weights itself"):
+            teach(data, tmp_path / "run", "fresh", teacher=str(weights))
+        align(data, out=tmp_path / "run", teacher=str(weights), epochs=1, batch_size=8, compile_step=False)
+        assert json.loads((tmp_path / "run" / "settings.json").read_text())["weights"] == str(weights)
 
     def test_it_learns_without_labels(self, data, tmp_path, weights):
         figures = teach(data, tmp_path / "run", weights, epochs=6, gradual=0.0)

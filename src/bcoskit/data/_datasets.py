@@ -11,7 +11,7 @@ from bcoskit.data._elsewhere import hugging_face_images, torchvision_images
 from bcoskit.data._files import find_images
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform
-from bcoskit.data._parquet import SPLIT_NAMES, SPLITS, ParquetImages, split_shards
+from bcoskit.data._parquet import SPLIT_NAMES, SPLITS, ParquetImages, UnlabelledError, split_shards, splits_of
 from bcoskit.data._tar import TarImages
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def open_dataset(
     In this order: parquet shards named after the split (`train-*.parquet`, in `path` or in a folder in it, or
     `train/*.parquet`; `path` may also be such a shard), tar files in the layout of WebDataset, likewise, the original
     CIFAR-10 (`cifar-10-batches-py`), what `datasets` has saved to disk, class folders in a folder named after the
-    split. The test split may also be called `val` or `validation`.
+    split. The test split may also be called `val` or `validation`; parquet shards without labels (-1) are passed over
+    for these.
 
     Args:
         path: Folder of the dataset, or a single shard; `torchvision:NAME` for a dataset of torchvision, `hf:NAME` for
@@ -121,9 +122,14 @@ def open_dataset(
     root = Path(path)
     if not root.exists():
         raise ImageError(f"{root}: no such file or folder")
-    shards = split_shards(root, split)
-    if shards:
-        return ParquetImages(shards, transform)
+    unlabelled: UnlabelledError | None = None
+    for shards in splits_of(root, split):
+        try:
+            return ParquetImages(shards, transform)
+        except UnlabelledError as error:  # as the test images of some benchmarks are, whose labels are secret
+            unlabelled = unlabelled or error
+    if unlabelled is not None:
+        raise unlabelled
     shards = split_shards(root, split, ".tar")
     if shards:
         return TarImages(shards, transform)

@@ -48,7 +48,10 @@ def torchvision_images(
     labels = next((getattr(dataset, attribute) for attribute in _LABELS if hasattr(dataset, attribute)), None)
     if labels is None:
         raise ImageError(f"the dataset {name!r} of torchvision has no labels that could be read at once")
-    labels = [label[1] if isinstance(label, tuple) else int(label) for label in labels]
+    try:
+        labels = [label[1] if isinstance(label, tuple) else int(label) for label in labels]
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"the dataset {name!r} of torchvision has labels that are no classes ({error})") from error
     names = getattr(dataset, "classes", None)
     if names is not None:  # some have several for a class
         names = [", ".join(each) if isinstance(each, tuple) else each for each in names]

@@ -156,6 +156,8 @@ def index_labels(
     repeated = next((value for value in values if several and len(set(value)) != len(value)), None)
     if repeated is not None:
         raise ImageError(f"a list of labels holds one twice ({repeated!s:.60}): give class indices, not zeros and ones")
+    if several and len(values) > 1 and all(sorted(map(str, value)) == ["0", "1"] for value in values):
+        raise ImageError("all lists of labels hold 0 and 1: give class indices, not zeros and ones")
     flat = [label for value in values for label in value] if several else values
     types = {type(value) for value in flat}
     if len(types) > 1:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,10 @@ class ParquetImages(ImageDataset):
         images, labels, names = zip(*shards, strict=True)
         if len(set(names)) > 1:
             raise ImageError("the parquet files disagree on the class names: read them one by one")
-        indices, classes = index_labels([label for shard in labels for label in shard], names[0])
+        values = [label for shard in labels for label in shard]
+        if values and all(value == -1 for value in values):
+            raise UnlabelledError(f"{files[0]}: has no labels, all of them are -1")
+        indices, classes = index_labels(values, names[0])
         super().__init__(_BinaryColumn(images), indices, classes, transform)
 
 
@@ -83,16 +86,24 @@ def _split_of(shard: Path) -> str:
     return prefix if prefix in SPLIT_NAMES else shard.parent.name
 
 
+class UnlabelledError(ImageError):
+    """A split without labels, for which others write -1."""
+
+
 def split_shards(root: Path, split: str, suffix: str = ".parquet") -> list[Path]:
     """The shards of one of `SPLITS` in a folder or in a folder in it, or `root` if it is one."""
+    return next(splits_of(root, split, suffix), [])
+
+
+def splits_of(root: Path, split: str, suffix: str = ".parquet") -> Iterator[list[Path]]:
+    """The same of each folder or name by which one of `SPLITS` goes."""
     inside = [*root.glob(f"*{suffix}"), *root.glob(f"*/*{suffix}")]
     found = [root] if root.suffix == suffix else sorted(inside)
     visible = [shard for shard in found if not any(part[0] == "." for part in shard.relative_to(root).parts)]
     for name in SPLITS[split]:
         shards = [shard for shard in visible if _split_of(shard) == name]
         if shards:
-            return shards if shards == [root] else _complete(shards, root)
-    return []
+            yield shards if shards == [root] else _complete(shards, root)
 
 
 def _shard_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -27,9 +27,12 @@ class TarImages(ImageDataset):
 
     Raises:
         ImageError: If a file cannot be read, a sample lacks its image or label, or labels are out of range.
+        TypeError: If `paths` is a single path.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]], transform: Transform | None = None) -> None:
+        if isinstance(paths, (str, bytes, os.PathLike)):
+            raise TypeError(f"`paths` (={paths!r}) must be a list of tar files")
         files = [Path(path) for path in paths]
         samples = [sample for file in files for sample in _samples(file)]
         if not samples:
@@ -74,6 +77,12 @@ def _names(folder: Path) -> list[str] | None:
     return names
 
 
+def _index(word: bytes) -> int:
+    if b"_" in word:  # which Python allows between digits
+        raise ValueError(f"invalid class index {word!r}")
+    return int(word)
+
+
 def _samples(path: Path) -> Iterator[tuple[_Place, list[int]]]:
     """The images of one tar file in its order, with their labels."""
     image: dict[str, _Place] = {}
@@ -90,9 +99,11 @@ def _samples(path: Path) -> Iterator[tuple[_Place, list[int]]]:
                         raise ImageError(f"{path}: sample {key!r} has two images")
                     image[key] = (path, member.offset_data, member.size)
                 elif suffix == "cls":
+                    if key in label:
+                        raise ImageError(f"{path}: sample {key!r} has two labels")
                     content = archive.extractfile(member)
                     assert content is not None
-                    label[key] = [int(word) for word in content.read().split()]
+                    label[key] = [_index(word) for word in content.read().split()]
             # At a damaged header `tarfile` stops as at the end of the archive, which is empty or zeros.
             assert archive.fileobj is not None
             archive.fileobj.seek(archive.offset)

@@ -102,7 +102,9 @@ class ImageTransform:
             raise TypeError(f"`values` must be a tensor of uint8 pixels, got {kind}")
         if values.ndim < 3 or values.shape[-3] != 3:
             raise ValueError(f"`values` has shape {tuple(values.shape)}, must be RGB pixels (..., 3, H, W)")
-        x = values[..., : self.channels, :, :].to(torch.float32) / 255
+        if self.channels == 1:
+            values = _grey(values)
+        x = values.to(torch.float32) / 255
         if self.encoding == "bcos":
             return encode(x)
         mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -128,3 +130,9 @@ class ImageTransform:
         rgb = rgb.resize((width, height), Image.Resampling[self.interpolation.upper()])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return rgb.crop((left, top, left + self.size, top + self.size))
+
+
+def _grey(values: Tensor) -> Tensor:
+    """Luma (..., 1, H, W) of RGB pixels, rounded as Pillow's mode `"L"` does (ITU-R BT.601)."""
+    red, green, blue = values.to(torch.int32).split(1, -3)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)

@@ -15,14 +15,16 @@ from bcoskit._random import random_from
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.data._datasets import NoSplitError
+from bcoskit.data._parquet import SPLITS
 from bcoskit.models import Network, create_model, save_model
+from bcoskit.training._augment import one_by_one
 from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, loaded
-from bcoskit.training._module import Batch, Learner, encoded, seed_of
+from bcoskit.training._module import Batch, Learner, encoded, seeded
 from bcoskit.training._options import Hardware, Loading, check_whole
 from bcoskit.training._run import Conversion, as_network, conversion, given
-from bcoskit.training._start import row_before
+from bcoskit.training._start import row_before, weights_of
 
 _HARDWARE = Hardware()
 _EVERY = 10  # of images without splits, every tenth is held out to measure on
@@ -100,6 +102,10 @@ class Aligner(Learner):
         self._augment = augmentation(size)
         self.agreement, self.accuracy, self.distance = MeanMetric(), MeanMetric(), MeanMetric()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._hooked[1]._apply(fn, recurse)  # the teacher goes where the student goes
+        return super()._apply(fn, recurse)
+
     def uncompile(self) -> None:
         """Go on with the networks as they are."""
         self._both = list(self._hooked)
@@ -111,8 +117,8 @@ class Aligner(Learner):
             RuntimeError: If it is not finite, before the step that it would spoil.
         """
         images, _ = batch
-        with random_from(seed_of(self.seed, self.current_epoch, batch_index)):
-            augmented = torch.stack([self._augment(image) for image in images])
+        generator = seeded(self.seed, self.current_epoch, batch_index)
+        augmented = one_by_one(images, self._augment, generator, self._part)
         student, teacher = self._outputs(augmented)
         return self.checked(alignment_loss(student, teacher))
 
@@ -144,16 +150,23 @@ class Aligner(Learner):
 
 
 def alignment_loss(student: tuple[Tensor, list[Tensor]], teacher: tuple[Tensor, list[Tensor]]) -> Tensor:
-    """Mean over stages and logits of `|s - t|² / |t|²`."""
+    """Mean over stages and logits of `|s - t|² / |t|²`, in single precision at least."""
     pairs = [*zip(student[1], teacher[1], strict=True)]
-    pairs.append((student[0] - student[0].mean(1, keepdim=True), teacher[0] - teacher[0].mean(1, keepdim=True)))
+    logits = [_not_half(each[0]) for each in (student, teacher)]
+    ours, theirs = (each - each.mean(1, keepdim=True) for each in logits)
+    pairs.append((ours, theirs))
     return torch.stack([_relative_error(ours, theirs) for ours, theirs in pairs]).mean()
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    ours, theirs = _not_half(ours), _not_half(theirs)  # squares leave the range of half precision
     energy = theirs.flatten(1).square().sum(1)
     error = (ours - theirs).flatten(1).square().sum(1)
     return (error / energy.clamp_min(torch.finfo(energy.dtype).tiny)).mean()
+
+
+def _not_half(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def augmentation(size: int) -> Any:
@@ -172,7 +185,7 @@ def align(
     *,
     out: Path,
     teacher: str,
-    weights: str = "pretrained",
+    weights: str | None = None,
     convert: Conversion = "bcosification",
     b: float | None = None,
     gradual: float = 0.5,
@@ -195,12 +208,13 @@ def align(
     `bcoskit train`.
 
     Args:
-        data: Folder of images, at any depth; or a folder of parquet shards or class folders with splits, whose test
-            split is measured on. Of images without splits every tenth is held out for that. Labels are never learnt
-            from; where they are those of the teacher's classes, the accuracy is measured.
+        data: Folder of images, at any depth; or a folder of parquet shards, class folders or images with splits, whose
+            test split is measured on. Of images without splits every tenth is held out for that. Labels are never
+            learnt from; where they are those of the teacher's classes, the accuracy is measured.
         out: Folder of the run.
         teacher: Name of an ordinary network: `timm/NAME`, or one of this package; or a `.safetensors` file of one.
-        weights: Its weights: "pretrained" for the ones that go with its name, "fresh" for none, or a file.
+        weights: Those of a network by name: "pretrained", the default, for the ones that go with its name, "fresh" for
+            none, or a file.
         convert: The preset by which the student is made.
         b: Exponent of the student; that of the preset if None.
         gradual: Part of the training, from 0 to 1, in which exponents and biases move from those of the teacher; with
@@ -226,7 +240,9 @@ def align(
         ConnectionError: If weights cannot be downloaded.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    row = row_before(teacher, given(weights))
+    weights = weights_of(teacher, weights, "pretrained")
+    start = False if weights == teacher else given(weights)
+    row = row_before(teacher, start)
     if cast("str", convert) == "none":
         raise ValueError("`convert` (='none') leaves nothing to be learnt: the student would be the teacher")
     config = conversion(convert, b, False, gradual)
@@ -244,6 +260,7 @@ def align(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "train_size": train_size,
+        "precision": hardware.precision,
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
@@ -254,7 +271,7 @@ def align(
     before = settings_before(out, resume)
     check_unchanged(settings, before, out)
     with random_from(seed):
-        original = create_model(teacher, weights=given(weights))
+        original = create_model(teacher, weights=start)
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
@@ -310,11 +327,7 @@ def _splits(
     try:
         splits = [open_dataset(data, "train", view), open_dataset(data, "test", view)]
     except NoSplitError:
-        files = sorted(find_images([data]))
-        if len(files) < _EVERY:
-            raise ValueError(f"`data` (={str(data)!r}) holds {len(files)} images, fewer than {_EVERY}") from None
-        learnt = [file for index, file in enumerate(files) if index % _EVERY]
-        splits = [ImageDataset(part, [0] * len(part), ("image",), view) for part in (learnt, files[::_EVERY])]
+        splits = [ImageDataset(part, [0] * len(part), ("image",), view) for part in _without_labels(data)]
         has_labels = False
     else:
         has_labels = not splits[1].multi_label
@@ -324,3 +337,15 @@ def _splits(
             has_labels = False
     train_images = loaded(splits[0], "train", unreadable)
     return train_images, loaded(splits[1], "test", unreadable), has_labels
+
+
+def _without_labels(data: Path) -> tuple[list[Path], list[Path]]:
+    """The files of images to learn from and to measure on: those of folders named after the splits, or every tenth."""
+    parts = [next((data / name for name in SPLITS[split] if (data / name).is_dir()), None) for split in SPLITS]
+    if all(parts):
+        learnt, measured = (sorted(find_images([part])) for part in parts if part is not None)
+        return learnt, measured
+    files = sorted(find_images([data]))
+    if len(files) < _EVERY:
+        raise ValueError(f"`data` (={str(data)!r}) holds {len(files)} images, fewer than {_EVERY}") from None
+    return [file for index, file in enumerate(files) if index % _EVERY], files[::_EVERY]

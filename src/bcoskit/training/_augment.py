@@ -37,6 +37,13 @@ def augment(
     transform = _per_image(options, size)
     if transform is None:
         return images
+    return one_by_one(images, transform, generator, part)
+
+
+def one_by_one(
+    images: Tensor, transform: Callable[[Tensor], Tensor], generator: torch.Generator, part: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """Each image changed by itself, by a transform that draws from torch's source: see `augment`."""
     count = len(images)
     seeds = torch.randint(2**62, (count * part[1],), generator=generator)[count * part[0] :].tolist()
     changed: list[Tensor] = []

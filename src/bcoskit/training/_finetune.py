@@ -8,7 +8,7 @@ import lightning
 from torch import nn
 
 from bcoskit.models import Network
-from bcoskit.training._options import check, check_whole
+from bcoskit.training._options import check, check_switches, check_whole
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class FineTuning:
                 raise ValueError(f"`frozen_epochs` (={self.frozen_epochs}) needs to be told what is `frozen`")
         check("layer_decay", self.layer_decay, 1e-6, 1)
         check("head", self.head, 1e-6)
+        check_switches(self, "fresh_head")
 
 
 class Freezing(lightning.Callback):

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy, 
 from bcoskit.convert import GradualConversion
 from bcoskit.data import ImageError, ImageTransform
 from bcoskit.models import Network
+from bcoskit.nn._base import BcosArguments
 from bcoskit.nn._norm import RunningNorm
 from bcoskit.training._augment import augment, mixed
 from bcoskit.training._finetune import FineTuning, parameter_groups
@@ -74,6 +75,9 @@ class Learner(lightning.LightningModule):
         self._latest: tuple[Any, int] = ((), 0)
         self._returned = torch.tensor(0.0)
         self._before_the_first: dict[str, Tensor] | None = None
+        self._norms = {each: each.synchronized for each in model.modules() if isinstance(each, RunningNorm)}
+        layers = (each for each in model.modules() if isinstance(each, BcosArguments))
+        self._exponents = [layer.b for layer in layers if isinstance(layer.b, Tensor)]
         self._steps = 0
         self._part = (0, 1)
         self.repeats = 1
@@ -91,19 +95,16 @@ class Learner(lightning.LightningModule):
             hardware: What it is computed with.
         """
         self._steps, self._part, self._unreadable = steps, part, unreadable
-        self._synchronize(part[1] > 1)
+        for norm in self._norms:
+            norm.synchronized = part[1] > 1
         if hardware.recompute:
             recompute_stages(self.model)
 
     def release(self) -> None:
         """After a run: the network as it was before `prepare`, but for its weights."""
-        self._synchronize(False)
+        for norm, before in self._norms.items():
+            norm.synchronized = before
         keep_stages(self.model)
-
-    def _synchronize(self, wanted: bool) -> None:
-        for module in self.model.modules():
-            if isinstance(module, RunningNorm):
-                module.synchronized = wanted
 
     def configure_model(self) -> None:
         """Share out the weights, if that is wanted."""
@@ -211,6 +212,13 @@ class Learner(lightning.LightningModule):
             adaptive_clip_grad(parameters, self.optimization.clip_at)
         elif self.optimization.clip == "norm":
             torch.nn.utils.clip_grad_norm_(parameters, self.optimization.clip_at)
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """A step, after which learnable exponents are at least 1: below it the transform has no bound."""
+        super().optimizer_step(*arguments, **keywords)
+        with torch.no_grad():
+            for exponent in self._exponents:
+                exponent.clamp_(min=1)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Bring a gradual conversion to where it is at this step."""

@@ -1,13 +1,15 @@
 """How a network is trained, as plain values: optimiser, schedule, loss, augmentation, data, hardware."""
 
 import math
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
 
 
 def check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise a `ValueError` for a value that is out of its range."""
+    """Raise a `ValueError` for a value that is no number, or out of its range."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"`{name}` (={value!r}) must be a number")  # noqa: TRY004
     if not low <= value <= high or not math.isfinite(value):
         upper = "" if high == math.inf else f" and at most {high}"
         raise ValueError(f"`{name}` (={value}) must be at least {low}{upper}")
@@ -18,6 +20,21 @@ def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"`{name}` (={value!r}) must be a whole number")  # noqa: TRY004
     check(name, value, low, high)
+
+
+def check_switches(options: object, *names: str) -> None:
+    """Raise a `ValueError` for one of these that is neither True nor False."""
+    for name in names:
+        if not isinstance(value := getattr(options, name), bool):
+            raise ValueError(f"`{name}` (={value!r}) must be True or False")  # noqa: TRY004
+
+
+def check_used(options: Any, needed: dict[str, tuple[bool, str]]) -> None:
+    """Raise a `ValueError` for a changed value that has no effect, with what it would need."""
+    usual = {field.name: field.default for field in fields(options)}
+    for name, (used, need) in needed.items():
+        if not used and getattr(options, name) != usual[name]:
+            raise ValueError(f"`{name}` (={getattr(options, name)!r}) needs {need}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,16 @@ class Optimization:
         check("clip_at", self.clip_at, 1e-12)
         if self.ema is not None:
             check("ema", self.ema, 0, 1)
+        cosine = self.schedule in ("cosine", "quarter_cosine")
+        needed = {
+            "momentum": (self.optimizer == "sgd", "`optimizer` 'sgd'"),
+            "final": (cosine, "a cosine for `schedule`"),
+            "decay": (self.schedule == "step", "`schedule` 'step'"),
+            "decay_epochs": (self.schedule == "step", "`schedule` 'step'"),
+            "clip_at": (self.clip != "none", "`clip` 'agc' or 'norm'"),
+            "ema_every": (self.ema is not None, "`ema`"),
+        }
+        check_used(self, needed)
 
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """What the learning rate is multiplied by at a step.
@@ -143,6 +170,8 @@ class Loss:
         check("auxiliary", self.auxiliary, 0)
         if self.threshold is not None:
             check("threshold", self.threshold, 0, 1)
+            if self.threshold == 1:
+                raise ValueError("`threshold` (=1) must be below 1: no target is above it")
 
 
 @dataclass(frozen=True)
@@ -203,6 +232,12 @@ class Augmentation:
         for name in ("lighting", "mixup", "cutmix"):
             check(name, getattr(self, name), 0)
         check_whole("repeats", self.repeats, 1)
+        check_switches(self, "flip")
+        needed = {
+            "smallest": (self.crop == "resized", f"`crop` 'resized', not {self.crop!r}"),
+            "magnitude": (self.policy == "randaugment", f"`policy` 'randaugment', not {self.policy!r}"),
+        }
+        check_used(self, needed)
 
 
 @dataclass(frozen=True)
@@ -275,3 +310,4 @@ class Hardware:
         if self.devices != -1:
             check_whole("devices", self.devices, 1)
         check_whole("nodes", self.nodes, 1)
+        check_switches(self, "recompute")

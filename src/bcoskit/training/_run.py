@@ -153,7 +153,7 @@ def train(
     config, converting = _converting(from_, convert, b, learnable_b, gradual)
     settings |= converting
     check_frozen(fine_tuning, weights, gradual)
-    _check_together(hardware, optimization, gradual, watch_every, checkpoint_every)
+    _check_together(hardware, optimization, gradual, learnable_b, watch_every, checkpoint_every)
     if augmentation.lighting and row.transform.channels != 3:
         raise ValueError(f"`augmentation.lighting` (={augmentation.lighting}) is for images in colour, these are grey")
     before = settings_before(out, resume)
@@ -179,6 +179,9 @@ def train(
     check_unchanged(settings, before, out)
     loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
     _check_images(data, train_images, test_images, batch_size, augmentation, loss)
+    updates = epochs * -(-(len(train_images) // batch_size) // optimization.accumulate)
+    if optimization.ema is not None and optimization.ema_every > updates:
+        raise ValueError(f"`ema_every` (={optimization.ema_every}) is above the number of steps, {updates}")
     network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
     freezing = Freezing(network, fine_tuning)
     learner = Classifier(
@@ -232,12 +235,20 @@ def _converting(
 
 
 def _check_together(
-    hardware: Hardware, optimization: Optimization, gradual: float, watch_every: int, checkpoint_every: int
+    hardware: Hardware,
+    optimization: Optimization,
+    gradual: float,
+    learnable_b: bool,
+    watch_every: int,
+    checkpoint_every: int,
 ) -> None:
     """What does not go together."""
     for name, value in {"watch_every": watch_every, "checkpoint_every": checkpoint_every}.items():
         if value != 0:
             check_whole(name, value, 1)
+    if hardware.strategy == "fsdp" and (learnable_b or gradual):
+        name = "learnable_b" if learnable_b else "gradual"
+        raise ValueError(f"`{name}` makes exponents numbers, which 'fsdp' cannot share out: take 'ddp'")
     if hardware.strategy == "fsdp" and optimization.ema is not None:
         raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
     if gradual and optimization.ema is not None:
