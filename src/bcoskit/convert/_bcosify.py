@@ -30,13 +30,13 @@ def bcosify(
 ) -> Any:
     """Turn a network into a B-cos network that keeps its weights (Arya et al., NeurIPS 2024).
 
-    Layers are replaced by an ordered table of rules; parameters stay the same objects, where their shapes do.
-    Modules that are used several times stay so. Those that write to their input in place, such as
-    `ReLU(inplace=True)`, no longer do, since the backward pass of a B-cos layer needs its output. The layers that
-    read the image read pairs `[x, 1 - x]` afterwards, by filters `(w, -w) / 2` behind a fixed normalisation, so
-    that with `BcosConfig.preset("exact")` the converted network gives the logits that the original gives for the
-    normalised image, at padded borders as well. What became of each module is told by the result's attribute
-    `conversion`, a `ConversionReport`.
+    Layers are replaced by an ordered table of rules; parameters stay the same objects, where their shapes do, but for
+    biases of batch norms that are kept, into which their means go. Modules that are used several times stay so. Those
+    that write to their input in place, such as `ReLU(inplace=True)`, no longer do, since the backward pass of a B-cos
+    layer needs its output. The layers that read the image read pairs `[x, 1 - x]` afterwards, by filters `(w, -w) / 2`
+    behind a fixed normalisation, so that with `BcosConfig.preset("exact")` the converted network gives the logits that
+    the original gives for the normalised image, at padded borders as well. What became of each module is told by the
+    result's attribute `conversion`, a `ConversionReport`.
 
     Args:
         model: The network: of timm, torchvision, or any other module.
