@@ -675,6 +675,29 @@ class TestWriting:
             torch.testing.assert_close(saved.weights, expected[index].weights, rtol=1e-4, atol=1e-6)
             assert saved.shares.keys() == expected.shares.keys() == {"fc.logits.bias"}
 
+    def test_what_is_no_explanation_is_kept(self, explain, place, model):
+        write_image(place / "in" / "x.png")
+        (place / "out").mkdir()
+        weights = place / "out" / "x.safetensors"
+        weights.write_bytes(model.read_bytes())
+        code, lines, errors = explain("in", "--out=out", "--save")
+        assert (code, lines) == (2, [])
+        assert errors[-1].endswith("would be overwritten, and is no explanation: choose another `out`")
+        assert weights.read_bytes() == model.read_bytes()
+        assert files(place / "out") == ["x.safetensors"]
+        weights.unlink()
+        for _ in range(2):  # what the command has written it writes anew
+            assert explain("in", "--out=out", "--save")[0] == 0
+
+    def test_two_classes_of_one_name(self, place, model, capsys):
+        write_image(place / "x.png")
+        network = create_model(model)
+        save_model(network, place / "twice.safetensors", classes=["cat", "dog", "cat", *map(str, range(10, 17))])
+        command = ["explain", "x.png", "--model=twice.safetensors", "--no-shares"]
+        assert cli.main([*command, "--target=cat"]) == 2
+        assert "names several classes: give one of 0, 2" in capsys.readouterr().err
+        assert cli.main([*command, "--target=2"]) == 0
+
     def test_a_name_too_long_for_its_picture(self, explain, place):
         name = "n" * 251
         for image in (f"{name}.jpg", f"{name}.png", "other.png"):

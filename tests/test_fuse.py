@@ -214,3 +214,31 @@ def test_what_cannot_be_folded_stays(name):
     with torch.no_grad():
         expected, found = network(x), bcoskit.fuse(network)(x)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_arguments_that_may_be_left_out():
+    """Traced, the optional branch would be taken."""
+
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = bcoskit.nn.BcosConv2d(6, 4, 3), bcoskit.nn.BatchNorm(4)
+            self.norm.running_var.fill_(0.04)
+
+        def forward(self, x, skip=None):
+            y = self.conv(x)
+            return y if skip is None else self.norm(y) + skip
+
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = Stem(), bcoskit.nn.ClassifierHead(4, 3)
+
+        def forward(self, x):
+            if x.shape[1] != 6:
+                raise ValueError("channels")
+            return self.head(self.stem(x))
+
+    x = bcoskit.encode(torch.rand(2, 3, 8, 8))
+    for model in (Stem().eval(), Untraceable().eval()):
+        torch.testing.assert_close(bcoskit.fuse(model)(x), model(x), rtol=1e-5, atol=1e-6)

@@ -45,7 +45,7 @@ def audit_model(
         ValueError: If there is no such network, file or image, or the network's signal has died.
     """
     fresh = weights is None and model.startswith("timm/")
-    network: Any = create_model(model, weights=weights or not fresh)
+    network: Any = create_model(model, weights=not fresh if weights is None else weights)
     transform = network.transform
     if convert is not None:
         network = bcosify(network, BcosConfig.preset(convert), inplace=True)

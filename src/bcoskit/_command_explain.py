@@ -174,6 +174,9 @@ class _Network:
         Raises:
             ValueError: If there is no such class.
         """
+        if self.classes.count(target) > 1:
+            places = [str(place) for place, name in enumerate(self.classes) if name == target]
+            raise ValueError(f"`target` (={target!r}) names several classes: give one of {', '.join(places)}")
         if target in self.classes:
             return self.classes.index(target)
         if target.isdecimal() and int(target) < len(self.classes):
@@ -311,12 +314,26 @@ def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -
         with whole_file(outcome.picture) as unfinished:
             page.save(unfinished, format="PNG", pnginfo=information)
             if save:  # before the picture has its place: where there is one, all is there
-                explanation.save(outcome.picture.with_suffix(".safetensors"))
+                explanation.save(_free(outcome.picture.with_suffix(".safetensors")))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _Failure(outcome.path, f"{outcome.path}: the name of its picture is too long")
     return _Done(outcome.path, outcome.picture, rows)
+
+
+def _free(path: Path) -> Path:
+    """A file that may be written.
+
+    Raises:
+        ValueError: If something else than an explanation is there.
+    """
+    if path.exists():
+        try:
+            Explanation.load(path)
+        except ValueError as error:
+            raise ValueError(f"{path} would be overwritten, and is no explanation: choose another `out`") from error
+    return path
 
 
 def _page(item: _Item, explanation: Explanation, rows: list[dict[str, Any]], colored: bool) -> Image.Image:

@@ -1,6 +1,7 @@
 """`fuse`: a network for deployment, in which all that evaluation only multiplies with is part of the filters."""
 
 import copy
+import inspect
 from collections import Counter
 from typing import Any, TypeVar
 
@@ -35,10 +36,13 @@ def fuse(model: _Model) -> _Model:
     minimum, and behind exponents other than 1 and 2, whose epsilon is not homogeneous; and the normalisation of images,
     since the padding of the first convolution is zero behind it.
 
+    Outputs of layers inside are others than before, where a norm behind them was folded.
+
     Args:
         model: A network in evaluation mode; it is not changed. Norms are found where `torch.fx` can trace the code
             around them. Code that reads the weight of a layer past the layer must be known from the conversion of the
-            network, or the layer have a class of its own.
+            network, or the layer have a class of its own; and code that cannot be traced must not call a layer by
+            itself that another module calls with a norm behind it.
 
     Returns:
         A fused copy, whose weights require no gradients. It is not meant to be trained. `save_model` stores that it is
@@ -126,8 +130,10 @@ def _fold_norms(module: nn.Module, foldable: set[nn.Module], in_one_place: set[n
     if not any(isinstance(part, (AllNorm, BatchNorm)) for part in module.modules()):
         return
     try:
-        graph = _Tracer().trace(module)
+        graph = None if _has_options(module) else _Tracer().trace(module)
     except Exception:  # control flow on values, in any of the ways in which code can have it
+        graph = None
+    if graph is None:
         for child in module.children():
             _fold_norms(child, foldable, in_one_place)
         return
@@ -143,6 +149,11 @@ def _fold_norms(module: nn.Module, foldable: set[nn.Module], in_one_place: set[n
             if layer in foldable and norm in in_one_place and _fits(layer, norm):
                 _fold_norm(layer, norm)
                 module.set_submodule(path, nn.Identity().eval())
+
+
+def _has_options(module: nn.Module) -> bool:
+    """Whether a call may leave out arguments, with which code is traced as if all of them were given."""
+    return any(each.default is not each.empty for each in inspect.signature(module.forward).parameters.values())
 
 
 def _fits(layer: Any, norm: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bcoskit import _passes
 from bcoskit.dynamic import GATES, attention, freeze, gate, normalize
-from bcoskit.dynamic._formulas import in_single_precision
+from bcoskit.dynamic._formulas import check_floating, in_single_precision
 
 __all__ = [
     "GATES",
@@ -256,8 +256,10 @@ def patch_norm(
         (N, groups, *out).
 
     Raises:
+        TypeError: If `x` is not of floating dtype.
         ValueError: If shapes, padding or padding mode do not fit.
     """
+    check_floating(x)
     dims = x.ndim - 2
     if dims not in (1, 2, 3):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, must have a batch, a channel and 1 to 3 spatial axes")

@@ -457,3 +457,26 @@ class TestHostileDescriptions:
 
     def test_an_explanation_is_no_network(self, message):
         assert "does not say which network it holds" in message({"format": "bcoskit-explanation-1"})
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute", "value"),
+    [("conv1", "b", 1.5), ("layer1.0.conv1", "normalize_weight", False), ("bn1", "eps", 1e-3)],
+)
+def test_constants_that_a_file_does_not_hold(tmp_path, path, attribute, value):
+    network = create_model("resnet20.bcos_cifar10")
+    setattr(network.get_submodule(path), attribute, value)
+    with pytest.raises(ValueError, match=rf"in {path}\.{attribute} \(={value}, not"):
+        save_model(network, tmp_path / "model.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_network_of_the_same_shapes(tmp_path):
+    network = create_model("cnn9_narrow.bcos_b1_25_cifar10")
+    with pytest.raises(ValueError, match=r"\.b \(=1\.25, not 1\.5\)"):
+        save_model(network, tmp_path / "model.safetensors", "cnn9_narrow.bcos_b1_5_cifar10")
+
+
+def test_figures_of_a_training_are_a_mapping(tmp_path):
+    with pytest.raises(TypeError, match="`training`"):
+        save_model(create_model("resnet20.bcos_cifar10"), tmp_path / "model.safetensors", training=[1, 2])

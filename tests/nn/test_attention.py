@@ -144,3 +144,20 @@ def test_construction_errors(heads: int) -> None:
 def test_input_errors() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         Attention(6, 2)(torch.zeros(2, 4, 5))
+
+
+def test_a_mask_for_each_sample():
+    """As many samples as heads, for which the mask could be taken."""
+    torch.manual_seed(0)
+    layer = Attention(6, 3)
+    x = torch.randn(3, 4, 6)
+    mask = torch.ones(3, 4, 4, dtype=torch.bool)
+    mask[0, :, 1:] = False
+    mask[1, :, :2] = False
+    found = layer(x, mask)
+    for sample in range(3):
+        torch.testing.assert_close(found[sample : sample + 1], layer(x[sample : sample + 1], mask[sample]))
+    torch.testing.assert_close(layer(x, mask.unsqueeze(1).expand(3, 3, 4, 4)), found)
+    for shape in ((4,), (4, 5), (2, 4, 4), (3, 2, 4, 4)):
+        with pytest.raises(ValueError, match="`mask` of shape"):
+            layer(x, torch.ones(shape, dtype=torch.bool))

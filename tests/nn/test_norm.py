@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import reference
 from bcoskit.dynamic import NotLinearError, explanation_mode
-from bcoskit.nn import AllNorm, BatchNorm, GroupNorm, InstanceNorm, LayerNorm, PositionNorm
+from bcoskit.functional import patch_norm
+from bcoskit.nn import AllNorm, BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Normalize, PositionNorm
 from reference import assert_exact, gradient_rows, values
 
 NORMS: dict[reference.NormKind, Callable[..., Any]] = {
@@ -401,3 +402,12 @@ def test_centered_norms_are_those_of_torch(dims: int) -> None:
 def test_shapes_without_values() -> None:
     norm = BatchNorm(6).to("meta").train()
     assert norm(torch.rand(2, 6, 4, 4, device="meta")).shape == (2, 6, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers_are_refused(dtype):
+    x = torch.full((2, 3, 4, 4), 20, dtype=dtype)
+    norms = [kind(3).eval() for kind in (BatchNorm, AllNorm, PositionNorm)]
+    for layer in (*norms, Normalize([0.5] * 3, [0.2] * 3), lambda x: patch_norm(x, 3)):
+        with pytest.raises(TypeError, match="must be of floating dtype"):
+            layer(x)

@@ -137,6 +137,8 @@ class ExplanationService:
         if name is None or name == "":
             return None
         if isinstance(name, str) and name in self.classes:
+            if self.classes.count(name) > 1:
+                raise ValueError(f"several classes are called {name[:60]!r}: give an index below {len(self.classes)}")
             return self.classes.index(name)
         text = str(name)
         if not isinstance(name, bool) and text.isascii() and text.isdecimal() and int(text) < len(self.classes):

@@ -54,8 +54,7 @@ def gate(x: Tensor, name: str) -> Tensor:
     """
     if name not in GATES:
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(GATES)}")
-    if not x.is_floating_point():
-        raise TypeError(f"`x` has dtype {x.dtype}, in which a gate would be cut off to 0: use `x.float()`")
+    check_floating(x)
     return x * GATES[name](freeze(in_single_precision(x))).to(x.dtype)
 
 
@@ -90,8 +89,10 @@ def normalize(
         The normalised tensor, of the shape and dtype of `x`.
 
     Raises:
+        TypeError: If `x` is not of floating dtype.
         ValueError: If an uncentred norm has one value per statistic.
     """
+    check_floating(x)
     if x.numel() == 0:
         return x
     # Centred, the one value becomes 0; uncentred, it would be divided by the root of `eps` alone.
@@ -110,6 +111,12 @@ def normalize(
         scale = scale * weight
     y = centred * scale.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def check_floating(x: Tensor) -> None:
+    """Raise a `TypeError` for integers, in which factors would be cut off, and squares overflow."""
+    if not x.is_floating_point():
+        raise TypeError(f"`x` has dtype {x.dtype}, must be of floating dtype: use `x.float()`")
 
 
 def in_single_precision(x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def save_pretrained(
         ValueError: As `save_model`.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`folder` (={str(folder)!r}) is a file")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,6 +114,8 @@ def from_pretrained(
         ConnectionError: If the hub cannot be reached and has not been before, or has no such repository.
     """
     text = os.fspath(source)
+    if text and Path(text).is_file():
+        raise ValueError(f"`source` (={text!r}) is a file, which `create_model` opens")
     if text and Path(text).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` (={revision!r}) must be None: {text} is a folder")

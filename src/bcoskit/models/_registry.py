@@ -28,6 +28,9 @@ from bcoskit.models._network import Network
 from bcoskit.models._row import TIMM, Checkpoint, Loss, ModelRow
 from bcoskit.models._rows import ROWS
 
+# Of layers of this package, beside what their weights hold.
+_CONSTANTS = ("b", "max_out", "normalize_weight", "scale", "eps", "centered", "temperature", "bias", "mean", "std")
+
 _LARGEST_SIDE = 10_000
 
 
@@ -149,8 +152,9 @@ def save_model(
 
     Raises:
         TypeError: If `classes` is a single string, or `training` holds what JSON cannot.
-        ValueError: If there is no network of that name, `model` is another one or has another number of classes, a
-            weight is not finite, classes or transform are of no use to it, or `path` has another suffix.
+        ValueError: If there is no network of that name, `model` is another one or has another number of classes, an
+            exponent or another constant is not that of the name, a weight is not finite, classes or transform are of no
+            use to it, or `path` has another suffix.
     """
     if name is None or classes is None or transform is None:
         if not isinstance(model, Network) or not hasattr(model, "transform"):
@@ -166,6 +170,8 @@ def save_model(
         raise ValueError(f"`path` (={str(path)!r}) must end in .safetensors")
     if isinstance(classes, str):
         raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
+    if not isinstance(training, (Mapping, type(None))):
+        raise TypeError(f"`training` (={training!r:.200}) must be a mapping of plain values")
     try:
         json.dumps(training)
     except (TypeError, ValueError) as error:
@@ -187,10 +193,29 @@ def save_model(
     described = _described(path, container)  # as it will be read
     if half:
         tensors = {key: _halved(tensor) for key, tensor in tensors.items()}
-    fault = match(Container(tensors, {}), _rebuilt(described, described.num_classes), row.prefix).fault
+    rebuilt = _rebuilt(described, described.num_classes)
+    fault = match(Container(tensors, {}), rebuilt, row.prefix).fault
     if fault is not None:
         raise ValueError(f"`model` is not {name} with {len(classes)} classes of finite weights: it {fault}")
+    _check_constants(model, rebuilt, name)
     write_tensors(path, tensors, description)
+
+
+def _check_constants(model: nn.Module, rebuilt: nn.Module, name: str) -> None:
+    """Raise a `ValueError` if a layer has a constant that a file does not hold, and that the name does not tell."""
+    above = "model." if isinstance(rebuilt, Network) and not isinstance(model, Network) else ""
+    known = dict(rebuilt.named_modules())
+    for path, layer in model.named_modules():
+        expected = known.get(f"{above}{path}" if path else above.removesuffix("."))
+        if type(expected) is not type(layer) or not type(layer).__module__.startswith("bcoskit.nn."):
+            continue
+        for attribute in _CONSTANTS:
+            ours, theirs = (vars(each).get(attribute) for each in (layer, expected))
+            if ours != theirs:
+                raise ValueError(
+                    f"`model` differs from {name} in {path}.{attribute} (={ours}, not {theirs}), which a file does not "
+                    "hold"
+                )
 
 
 def _carried() -> list[str]:
@@ -200,7 +225,7 @@ def _carried() -> list[str]:
 
 def _halved(tensor: Tensor) -> Tensor:
     """Filters in half precision, unless their values are too small or too large for its 11 bits."""
-    if tensor.ndim < 2:
+    if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel():
         return tensor
     half = tensor.half()
     rows, error = tensor.detach().flatten(1), (half.float() - tensor).detach().flatten(1)

@@ -41,7 +41,22 @@ class Attention(nn.Module):
         self.proj = BcosLinear(dim, dim, b=b, max_out=max_out)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, T, dim), and a mask as of `bcoskit.functional.attention`, to (N, T, dim)."""
+        """(N, T, dim) to (N, T, dim).
+
+        Args:
+            x: The tokens.
+            mask: As of `bcoskit.functional.attention`: (T, T) for all, (N, T, T) for each sample, or (N, num_heads, T,
+                T) for each head as well.
+
+        Raises:
+            ValueError: If the mask has another shape.
+        """
+        if mask is not None:
+            samples, tokens = x.shape[:-2].numel(), x.shape[-2]
+            mask = mask.unsqueeze(-3) if mask.ndim == 3 else mask
+            known = zip(mask.shape[::-1], (tokens, tokens, self.num_heads, samples), strict=False)
+            if mask.ndim not in (2, 4) or any(size not in (1, most) for size, most in known):
+                raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not fit `x` of shape {tuple(x.shape)}")
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-3, -2)
         query, key, value = heads.unbind(0)
         return self.proj(attention(query, key, value, mask=mask).transpose(-3, -2).flatten(-2))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from bcoskit.dynamic._formulas import check_floating
+
 
 class Normalize(nn.Module):
     """`(x - mean) / std` per channel, with constants that are no part of the state dict.
@@ -36,8 +38,10 @@ class Normalize(nn.Module):
         """(N, C, *spatial) to the same shape.
 
         Raises:
+            TypeError: If `x` is not of floating dtype.
             ValueError: If `x` has another number of channels.
         """
+        check_floating(x)
         axis = -1 - self.dimensions
         if x.ndim < -axis or x.shape[axis] != len(self.mean):
             raise ValueError(
