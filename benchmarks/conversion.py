@@ -43,7 +43,9 @@ def curve(name: str) -> list[dict[str, float]]:
     for file in (RUNS / name / "csv").glob("version_*/metrics.csv"):
         with file.open() as lines:
             rows |= {
-                int(row["epoch"]): float(row["test_accuracy"]) for row in csv.DictReader(lines) if row["test_accuracy"]
+                int(row["epoch"]): float(row["test_accuracy"])
+                for row in csv.DictReader(lines)
+                if row.get("test_accuracy")
             }
     return [{"epoch": epoch + 1, "accuracy": rows[epoch]} for epoch in sorted(rows)]
 

@@ -12,7 +12,6 @@ import argparse
 import csv
 import importlib.metadata
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
 from rich.console import Console
 from rich.progress import track
+from speed import machine
 
 import bcoskit
 from bcoskit.data import open_dataset
@@ -156,12 +155,14 @@ def curve(run: Run) -> list[float]:
     for file in sorted((run.folder / "csv").glob("version_*/metrics.csv")):
         with file.open() as lines:
             rows |= {int(row["epoch"]): float(row["test_accuracy"]) for row in csv.DictReader(lines)
-                     if row["test_accuracy"]}  # fmt: skip
+                     if row.get("test_accuracy")}  # fmt: skip
     return [rows[epoch] for epoch in sorted(rows)]
 
 
 def rows_of(table: str) -> list[dict[str, Any]]:
-    """Of the runs that are finished, and of those that were when the table was written last."""
+    """Of the runs that are finished, and of those that were when the table was written last; none if nothing is new."""
+    if not any(run.pointing.exists() for run in runs() if run.table == table):
+        return []
     stored = RESULTS / f"{table}.json"
     old = json.loads(stored.read_text())["rows"] if stored.exists() else []
     before = {(row["model"], row["seed"]): row for row in old}
@@ -170,7 +171,8 @@ def rows_of(table: str) -> list[dict[str, Any]]:
         if run.table != table:
             continue
         if not run.pointing.exists():
-            rows += filter(None, [before.get((run.model, run.seed))])
+            if old_row := before.get((run.model, run.seed)):
+                rows.append({**old_row, "grids": old_row.get("grids", run.grids)})
             continue
         found = json.loads(run.pointing.read_text())
         ordinary = ".standard" in run.model
@@ -200,7 +202,7 @@ def written(table: str, title: str, text: str, columns: dict[str, str], rows: li
         "command": COMMAND,
         "data": "CIFAR-10 (JPEG q75), 50,000 training and 8,000 test images",
         "versions": {name: importlib.metadata.version(name) for name in ("bcoskit", "torch", "timm", "lightning")},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{table}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
