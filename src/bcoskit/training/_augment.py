@@ -55,7 +55,9 @@ def one_by_one(
 
 def after_cropping(options: Augmentation) -> Augmentation:
     """What is left for a batch of images that are random crops already."""
-    return replace(options, crop="none", size=None) if options.crop == "resized" else options
+    if options.crop != "resized":
+        return options
+    return replace(options, crop="none", size=None, smallest=Augmentation.smallest)
 
 
 def _per_image(options: Augmentation, size: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
