@@ -280,8 +280,8 @@ def report() -> None:
             "Norms and MaxOut",
             "The same nine layers at B = 2 without ReLU, five epochs each. A u stands for uncentred, bn, ln and pn for "
             "batch, layer and position norm, linear for a scale without bias; without norms there is the first paper's "
-            "scale. The pointing game has fewer than 100 grids where the network is confident of too few images: 13 say "
-            "little.",
+            "scale. The pointing game has fewer than 100 grids where the network is confident of too few images: 13 "
+            "say little.",
             {
                 "norm": "norm",
                 "MaxOut": "max_out",
