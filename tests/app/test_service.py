@@ -1,5 +1,6 @@
 """Explanations for many users at once, their figures and pictures."""
 
+import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +111,14 @@ class TestExplain:
         for given in ("cats", "10", "-1", "1.0", "٣", True):
             with pytest.raises(ValueError, match="there is no class"):
                 service.class_index(given)
+
+    def test_two_classes_of_one_name(self, model):
+        network = copy.deepcopy(model)
+        network.classes = ("cat", "dog", "cat", *model.classes[3:])
+        service = ExplanationService(network)
+        assert (service.class_index("dog"), service.class_index("2")) == (1, 2)
+        with pytest.raises(ValueError, match="several classes are called 'cat': give an index"):
+            service.class_index("cat")
 
 
 class TestRead:

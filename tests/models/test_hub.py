@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bcoskit
-from bcoskit.models import WeightsError, create_model
+from bcoskit.models import WeightsError, create_model, save_model
 
 NAME = "cnn9.bcos_v1_b2_cifar10"
 
@@ -93,3 +93,12 @@ def test_upload(network, monkeypatch):
     assert calls["asked"] == ("user/name", {"timeout": 10})
     assert calls["create"] == ("user/name", {"private": True, "exist_ok": True})
     assert calls["api"]["token"] == "secret"
+
+
+def test_files_in_the_place_of_folders(network, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_model(network, file)
+    with pytest.raises(ValueError, match="is a file, which `create_model` opens"):
+        bcoskit.from_pretrained(file)
+    with pytest.raises(ValueError, match=r"`folder` \(=.*\) is a file"):
+        bcoskit.save_pretrained(network, file)
