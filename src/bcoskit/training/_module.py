@@ -77,7 +77,7 @@ class Learner(lightning.LightningModule):
         self._before_the_first: dict[str, Tensor] | None = None
         self._norms = {each: each.synchronized for each in model.modules() if isinstance(each, RunningNorm)}
         layers = (each for each in model.modules() if isinstance(each, BcosArguments))
-        self._exponents = [layer.b for layer in layers if isinstance(layer.b, Tensor)]
+        self._exponents = [layer.b for layer in layers if isinstance(layer.b, Tensor) and layer.b.requires_grad]
         self._steps = 0
         self._part = (0, 1)
         self.repeats = 1
