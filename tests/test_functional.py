@@ -558,3 +558,25 @@ def test_patch_norms_of_half_precision_do_not_overflow() -> None:
 def test_groups_must_divide_outputs(b: float) -> None:
     with pytest.raises(ValueError, match=r"`groups` \(=2\) must divide the 3 outputs"):
         F.bcos_conv(torch.rand(1, 4, 5, 5), torch.rand(6, 2, 3, 3), b=b, max_out=2, groups=2)
+
+
+@pytest.mark.parametrize(
+    ("transform", "x", "weight"),
+    [
+        (F.bcos_linear, torch.ones(2, 3), torch.ones(4, 3)),
+        (F.bcos_conv, torch.ones(2, 3, 5), torch.ones(4, 3, 1)),
+        (F.bcos_conv_transpose, torch.ones(2, 3, 5), torch.ones(3, 4, 1)),
+    ],
+)
+def test_what_would_give_the_output_another_shape(transform: Any, x: Tensor, weight: Tensor) -> None:
+    shape = transform(x, weight).shape
+    for fits in (torch.tensor(1.5), torch.full((1,), 1.5), torch.full((4,), 1.5)):
+        assert transform(x, weight, torch.ones(4), b=fits).shape == shape
+    with pytest.raises(ValueError, match=r"`b` of shape \(2, 1, 1, 4\) does not fit an output of \("):
+        transform(x, weight, b=torch.full((2, 1, 1, 4), 1.5))
+    with pytest.raises(ValueError, match=r"`b` of shape \(3,\) does not fit an output of \("):
+        transform(x, weight, b=torch.full((3,), 1.5))
+    with pytest.raises(ValueError, match=r"`bias` of shape \(8,\) does not fit an output of \(4,\)"):
+        transform(x, weight, torch.ones(8))
+    with pytest.raises(ValueError, match=r"`bias` of shape \(2, 4\) does not fit an output of \(4,\)"):
+        transform(x, weight, torch.ones(2, 4))

@@ -68,12 +68,14 @@ def bcos_linear(
         (…, out_features).
 
     Raises:
-        ValueError: If `b`, `max_out` or `scale` is out of its range, or `max_out` does not divide the rows.
+        ValueError: If `b`, `max_out` or `scale` is out of its range or does not fit, or `bias` does not.
     """
     _check_arguments(b, max_out, scale)
     way = _passes.way(x, weight)
     filters, later = _filters(weight, normalize_weight, b, max_out, way)
     y = _max_out(F.linear(x, filters), max_out, -1)
+    _check_fit("bias", bias, y.shape[-1:])
+    _check_fit("b", b, y.shape)
     if not _is_linear(b):
         with _precisely(x):
             values = freeze(in_single_precision(x))
@@ -156,6 +158,8 @@ def bcos_conv(
         y = _CONVOLUTIONS[weight.ndim](x, filters, None, strides, rest, steps, groups)
     shape = (-1, *[1] * dims)
     y = _max_out(y, max_out, 1)
+    _check_fit("bias", bias, y.shape[1:2])
+    _check_fit("b", b, y.shape[1:2])
     if not _is_linear(b):
         with _precisely(x):
             if energy is None:
@@ -215,6 +219,8 @@ def bcos_conv_transpose(
     x = x[None] if single else x
     shape = (-1, *[1] * dims)
     y = run(x, weight, None, stride, padding, output_padding, groups, dilation)
+    _check_fit("bias", bias, y.shape[1:2])
+    _check_fit("b", b, y.shape[1:2])
     if normalize_weight:
         filters = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (out_channels, in / groups, …)
         y = y * _passes.inverse_norm(in_single_precision(filters)).reshape(shape).to(y.dtype)
@@ -389,6 +395,15 @@ def _check_arguments(b: float | Tensor, max_out: int, scale: float) -> None:
         raise ValueError(f"`max_out` (={max_out}) must be at least 1")
     if not 0 < scale < math.inf:
         raise ValueError(f"`scale` (={scale}) must be a finite divisor above 0")
+
+
+def _check_fit(name: str, value: float | Tensor | None, shape: Sequence[int]) -> None:
+    """Refuse what would broadcast the output to another shape."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return
+    sizes = shape[len(shape) - value.ndim :]
+    if value.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in zip(value.shape, sizes, strict=True)):
+        raise ValueError(f"`{name}` of shape {tuple(value.shape)} does not fit an output of {tuple(shape)}")
 
 
 def _is_linear(b: float | Tensor) -> bool:
