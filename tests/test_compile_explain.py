@@ -111,3 +111,22 @@ def test_refusals_come_before_the_compiler(compiled):
     with pytest.raises(ValueError, match="outputs of shape tuple"):
         bcoskit.compile_explain(lambda x: (x, x), backend="aot_eager")(x)
     assert explain(x, 1).weights.any()  # what failed has left nothing behind
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (lambda logits: logits.argmax(1) + 5, ValueError, "is out of range, the output has the classes 0 to 4"),
+        (lambda logits: logits.argmax(1) - 5, ValueError, "is out of range"),
+        (lambda logits: logits.argmax(1).float(), TypeError, "class indices must be integers"),
+        (lambda logits: logits.argmax(1)[:2], ValueError, r"`target` of shape \(2,\)"),
+        (lambda logits: None, TypeError, "returned None"),
+    ],
+)
+def test_functions_that_give_no_classes_of_a_later_batch(target, error, message, compiled):
+    _, explain = compiled
+    x = torch.rand(3, 6, 5, 6)
+    expected = explain(x, 1).weights
+    with pytest.raises(error, match=message):
+        explain(x, target)
+    torch.testing.assert_close(explain(x, 1).weights, expected)

@@ -256,6 +256,7 @@ REFUSALS = {
     "target range": (lambda n, x: bcoskit.explain(n, x, 5), ValueError, r"`target` \(=5\) is out of range"),
     "negative": (lambda n, x: bcoskit.explain(n, x, -1), ValueError, "out of range"),
     "target type": (lambda n, x: bcoskit.explain(n, x, 1.5), TypeError, "class index"),
+    "target function": (lambda n, x: bcoskit.explain(n, x, lambda logits: None), TypeError, "returned None"),
     "target shape": (lambda n, x: bcoskit.explain(n, x, [1, 2]), ValueError, "one per sample"),
     "no target": (lambda n, x: bcoskit.explain(n, x, []), ValueError, r"`target` of shape \(0,\) must be one class"),
     "target tuple": (lambda n, x: bcoskit.explain(n, x, (1, 2, 3)), ValueError, "a list or a tensor"),

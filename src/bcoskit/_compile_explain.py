@@ -68,8 +68,14 @@ def compile_explain(
         if not callable(chosen):
             chosen = _classes(x.new_zeros(len(x), classes), target)
         start = x.detach().clone()
-        with untouched(x.device), torch.no_grad():
-            logits, found, weights = program(start, chosen)
+        try:
+            with untouched(x.device), torch.no_grad():
+                logits, found, weights = program(start, chosen)
+                values = picked(logits, found)
+        except Exception:
+            if callable(target):  # may give classes that there are not, of which a compiler says something else
+                _checked(network, x, target, products)
+            raise
         several = found.ndim == 2
         if not bool(logits.isfinite().all() & weights.isfinite().all()):
             raise ValueError("logits or W(x) hold values that are not finite")
@@ -77,7 +83,7 @@ def compile_explain(
             first = found[:1, 0] if several else found[:1]
             _compare(explain(network, x[:1], first, products=products), weights[:1, 0] if several else weights[:1])
             classes_of[key] = classes
-        return Explanation(start, logits, picked(logits, found), found, None, weights, products=products)
+        return Explanation(start, logits, values, found, None, weights, products=products)
 
     return compiled
 

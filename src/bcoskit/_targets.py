@@ -36,6 +36,8 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
     """
     if callable(target):
         target = target(output.detach().clone())  # which it may write to
+        if target is None:  # not the class with the largest value, for which nobody writes a function
+            raise TypeError("`target` is a function that returned None, must return class indices or a position")
     positions = isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
     if not positions and output.ndim == 2:
         classes = _classes(output, target, "target") if target is not None else output.detach().argmax(1)

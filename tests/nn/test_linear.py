@@ -150,6 +150,11 @@ def test_it_is_a_linear_layer() -> None:
     BcosLinear(5, 4, bias=True).load_state_dict(plain.state_dict())
     meta = BcosLinear(5, 4, bias=True, device="meta", dtype=torch.bfloat16)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in meta.parameters())
+    learnable = BcosLinear(5, 4, device="meta", b=torch.tensor(1.5))  # all parameters are where the layer is
+    assert dict(learnable.named_parameters()).keys() == {"weight", "b"}
+    assert learnable.b.is_meta
+    with pytest.raises(ValueError, match="must be a finite exponent"):
+        BcosLinear(5, 4, device="meta", b=torch.tensor(0.5))
 
 
 def test_it_starts_as_the_torch_layer_does() -> None:

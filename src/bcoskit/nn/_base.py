@@ -16,20 +16,22 @@ class BcosArguments(nn.Module):
     def _set_bcos_arguments(
         self, b: float | Tensor, max_out: int, normalize_weight: bool, scale: float, out_features: int
     ) -> None:
-        if isinstance(b, Tensor):
-            if not b.is_floating_point() or b.shape not in ((), (out_features,)):
-                raise ValueError(
-                    f"`b` of dtype {b.dtype} and shape {tuple(b.shape)} must be a floating-point tensor of shape "
-                    f"() or ({out_features},), one exponent per output"
-                )
-            b = b if isinstance(b, nn.Parameter) else nn.Parameter(b.detach().clone())
+        if isinstance(b, Tensor) and (not b.is_floating_point() or b.shape not in ((), (out_features,))):
+            raise ValueError(
+                f"`b` of dtype {b.dtype} and shape {tuple(b.shape)} must be a floating-point tensor of shape "
+                f"() or ({out_features},), one exponent per output"
+            )
         # A meta tensor has no values.
         known = not isinstance(b, Tensor) or not b.is_meta
         if known and not (bool(((b >= 1) & b.isfinite()).all()) if isinstance(b, Tensor) else 1 <= b < math.inf):
             raise ValueError(f"`b` (={b}) must be a finite exponent of at least 1")
         if not math.isfinite(scale) or scale <= 0:
             raise ValueError(f"`scale` (={scale}) must be a finite divisor above 0")
-        self.b = b if isinstance(b, Tensor) else float(b)
+        if isinstance(b, Tensor):
+            weight: Tensor = self.get_parameter("weight")
+            self.b = b if isinstance(b, nn.Parameter) else nn.Parameter(b.detach().clone().to(weight.device))
+        else:
+            self.b = float(b)
         self.max_out = max_out
         self.normalize_weight = normalize_weight
         self.scale = scale
