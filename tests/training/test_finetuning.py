@@ -145,6 +145,15 @@ class TestFineTuning:
             tune(data, tmp_path / "run", **{"weights": weights} | arguments)
         assert not (tmp_path / "run").exists()
 
+    def test_exponents_of_a_file_that_cannot_be_shared_out(self, data, tmp_path, weights):
+        tune(data, tmp_path / "learnt", weights, learnable_b=True)
+        file = str(tmp_path / "learnt" / "model.safetensors")
+        again = {"model": file, "epochs": 1, "batch_size": 8, "compile_step": False}
+        with pytest.raises(ValueError, match=r"'fsdp'\) cannot share out numbers such as '.*b': take 'ddp'"):
+            train(data, out=tmp_path / "run", **again, hardware=Hardware(strategy="fsdp"))
+        assert not (tmp_path / "run").exists()
+        train(data, out=tmp_path / "run", **again)
+
 
 class TestAlignment:
     def test_the_loss_is_0_for_the_teacher_itself(self, weights):
