@@ -1042,6 +1042,7 @@ class TestErrors:
             (["explain", "good.png", "--top=1.5"], "top"),
             (["explain", "good.png", "--batch-size=0"], "`batch_size` (=0) must be at least 1"),
             (["explain", "good.png", "--device=toaster"], "`device` (='toaster') cannot be used"),
+            (["explain", "good.png", "--device=meta"], "`device` (='meta') cannot be used: its tensors have no values"),
             (["explain", "good.png", "--out=bad.png"], "`out` (='bad.png') must be a folder"),
             (["explain", "good.png", "--out=bad.png/deeper"], "bad.png/deeper: Not a directory"),
             (["explain", "good.png", "--colour=red"], "--colour"),

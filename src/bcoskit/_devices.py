@@ -27,4 +27,6 @@ def device_named(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` (={name!r}) cannot be used: {error}") from error
+    if device.type == "meta":
+        raise ValueError(f"`device` (={name!r}) cannot be used: its tensors have no values")
     return device

@@ -51,9 +51,9 @@ def test_refusals(network, tmp_path):
     with pytest.raises(WeightsError, match=r"model.safetensors: no such file"):
         bcoskit.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not come of `create_model`"):
-        bcoskit.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "new")
+        bcoskit.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "new" / "one")
     with pytest.raises(TypeError, match=r"`training` .* must hold plain values"):
-        bcoskit.save_pretrained(network, tmp_path / "new", training={"path": tmp_path})
+        bcoskit.save_pretrained(network, tmp_path / "new" / "one", training={"path": tmp_path})
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match=r"`revision` \(='main'\) must be None"):
         bcoskit.from_pretrained(tmp_path, revision="main")

@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` (={str(folder)!r}) is a file")
-    is_new = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_model(model, folder / WEIGHTS, training=training, half=half)
     except BaseException:
-        if is_new:
-            folder.rmdir()
+        with suppress(OSError):  # what others have written to meanwhile stays
+            for path in missing:
+                path.rmdir()
         raise
     card = folder / _CARD
     if not card.exists():
