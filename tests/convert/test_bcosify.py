@@ -1,4 +1,5 @@
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -517,6 +518,12 @@ class TestReport:
         assert "reads 6 channels" in text
 
 
+def scripted(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch advise against it
+        return torch.jit.script(module)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("make", "options", "message"),
@@ -526,6 +533,8 @@ class TestRefusals:
             (lambda: small(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))), {}, "makes its weight anew"),
             (lambda: small(prune.identity(nn.Conv2d(3, 8, 3), "weight")), {}, "makes its weight anew"),
             (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "no weights yet"),
+            (lambda: small(scripted(nn.ReLU())), {}, "is a compiled script"),
+            (lambda: scripted(nn.Conv2d(3, 8, 3)), {}, "is a compiled script"),
             (lambda: small(nn.Conv2d(3, 8, 3)), {"example": torch.rand(3)}, "must be samples"),
             (lambda: nn.Sequential(nn.ReLU()), {}, "no module that a rule converts"),
             (lambda: nn.Sequential(nn.Linear(5, 3)), {}, "give an `example`"),

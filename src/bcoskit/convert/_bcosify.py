@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -141,7 +142,7 @@ def _around(
     part = getattr(model, "converted_part", "")
     if part:
         config = with_constants(config, model, model.in_chans)
-    inner = _converted(model.get_submodule(part), config, rules, skip, example)
+    inner = _converted(model.get_submodule(part) if part else model, config, rules, skip, example)
     if part:
         model.set_submodule(part, inner)
         model.conversion = inner.conversion
@@ -168,6 +169,8 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
     for path, module in model.named_modules():
         if is_skipped(path, skip):
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"the module {path!r} is a compiled script: convert what it was made from")  # noqa: TRY004
         if module._forward_pre_hooks and any(name.endswith(("_g", "_orig")) for name in module._parameters):
             raise ValueError(
                 f"the module {path!r} makes its weight anew before each call (weight norm, spectral norm, pruning): "
