@@ -96,6 +96,27 @@ def test_what_is_not(forward, message):
     assert not audited(forward).passed
 
 
+@pytest.mark.parametrize(
+    ("forward", "operation"),
+    [
+        (lambda linear, x: linear(linear(x).sigmoid()), "sigmoid"),
+        (lambda linear, x: nn.functional.softplus(linear(x).softmax(1) * linear(x)), "softplus"),
+        (lambda linear, x: linear(linear(x).detach()), "detach"),
+        (lambda linear, x: linear(x).log_softmax(1), "log_softmax"),
+    ],
+)
+def test_where_nothing_is_left_to_explain(forward, operation):
+    report = audited(forward)
+    assert not report.passed
+    (offender,) = report.offenders
+    assert operation in offender.operation
+    assert "nothing behind it depends on the input" in str(offender)
+    assert "to_layer" in offender.suggestion
+    assert offender.location.startswith("test_audit.py:")
+    with pytest.raises(ValueError, match=r"no gradient path .* `bcoskit.audit` names"):
+        bcoskit.explain(Coded(forward).eval(), torch.rand(2, 4), 0)
+
+
 def test_autocast_within_the_network():
     def cast(linear, x):
         with torch.autocast("cpu", torch.bfloat16):

@@ -36,7 +36,7 @@ class AuditReport:
 
     Attributes:
         offenders: The operations that are not linear in the input, or make samples depend on each other, or decide by
-            values of the input in Python; empty if the graph audit passed.
+            values of the input in Python, or leave nothing to explain; empty if the graph audit passed.
         forward: Largest difference between the outputs inside and outside `explanation_mode`, relative to the largest
             output.
         numeric: Largest absolute derivative of `W(x)` with respect to `x` with its factors frozen: exactly 0 if the
@@ -110,6 +110,8 @@ def _audited(
     with untouched(inputs.device), mode:
         _, output = run_between(network, inputs, entry(mode), *layers)
         offenders = (*violations(output, mode), *mode.unseen)
+    if not output.requires_grad and mode.ending is not None:
+        offenders += (mode.ending,)
     offenders += tuple(_interacting(network, inputs))
     forward = _difference(output.detach(), network, inputs, layers)
     numeric = weights_gradient(network, inputs, layers, products=products)

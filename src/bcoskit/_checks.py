@@ -88,7 +88,8 @@ def check_output(output: Tensor, samples: int) -> None:
     if not output.requires_grad:
         raise ValueError(
             "the output has no gradient path to the input: does the network detach, run in no_grad, or end in a "
-            "softmax or sigmoid, which are constants of an explanation? Explain the logits"
+            "softmax or sigmoid, which are constants of an explanation? Explain the logits; `bcoskit.audit` names "
+            "where the path ends"
         )
     if not bool(torch.isfinite(output).all()):
         raise ValueError("the output holds values that are not finite")

@@ -25,11 +25,13 @@ from bcoskit.dynamic._mode import (
 from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
+_CONSTANT = "is a constant of the explanation: nothing behind it depends on the input"
 _IN_HALF_PRECISION = "computes in half precision, in which W(x) is not exact"
 
 
 _REGISTER = "replace it, or register what is to be frozen in it with `bcoskit.rule`"
 _SUGGESTIONS = {
+    "nothing behind it": "explain what stands before it (`to_layer`), or take a gate, which is 0 at 0, in its place",
     "half precision": "let the network run in float32",
     "own backward": "write it with torch's operations, or register a rule for the function that calls it",
     "read by Python": "compute with tensors (`torch.where`, a product) instead of deciding by a value",
@@ -196,12 +198,15 @@ class LocatingMode(ExplanationMode):
 
     Attributes:
         unseen: What was collected.
+        ending: The last operation that made a constant of what depends on the input. It is to blame where an output
+            has no gradient path.
     """
 
     def __init__(self, model: Callable[..., Any], products: ProductPolicy = "split") -> None:
         super().__init__(products=products)
         self._places = Places(model)
         self.unseen: list[Violation] = []
+        self.ending: Violation | None = None
         # What was computed from the input without a gradient path: kept, so that no other tensor takes its address.
         self._derived: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -242,6 +247,9 @@ class LocatingMode(ExplanationMode):
             changed = list(tensors_in(args[0] if output is None else output))  # an assignment returns nothing
             changed += [tensor._base for tensor in changed if tensor._base is not None]
             self._derived |= {id(tensor): tensor for tensor in changed if not tensor.requires_grad}
+            ends = not any(tensor.requires_grad for tensor in changed) and any(map(torch.is_floating_point, changed))
+            if ends and any(tensor.requires_grad for tensor in given):
+                self.ending = Violation("constant", name_of(func), *self._places.here(), _CONSTANT)
         return output
 
     def _note_autocast(self, given: Sequence[Tensor]) -> None:
