@@ -101,6 +101,12 @@ class TestImageDataset:
                 ImageDataset([png(1), png(2)], labels, ["a", "b"])
         with pytest.raises(TypeError, match="integers"):
             ImageDataset([png(1), png(2)], torch.tensor([0.5, 1.0]), ["a", "b"])
+        with pytest.raises(TypeError, match="`labels` must be indices of classes, or rows of zeros and ones"):
+            ImageDataset([png(1), png(2)], ["a", "b"], ["a", "b"])
+        with pytest.raises(TypeError, match="`labels` must be indices of classes, or rows of zeros and ones"):
+            ImageDataset([png(1), png(2)], [[0, 1], [1]], ["a", "b"])
+        with pytest.raises(ValueError, match=r"`labels` of shape \(2, 1, 1\) must be \(N,\) indices, or \(N, 2\)"):
+            ImageDataset([png(1), png(2)], torch.zeros(2, 1, 1), ["a", "b"])
 
 
 class TestParquetImages:

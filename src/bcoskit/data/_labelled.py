@@ -39,7 +39,8 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
 
     Raises:
         ImageError: If there are no images, not as many labels, or labels outside [0, len(classes)).
-        TypeError: If class indices are not integers, or `classes` no names.
+        TypeError: If class indices are not integers, labels no table of numbers, or `classes` no names.
+        ValueError: If labels have more axes.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
             raise ImageError("the dataset holds no images")
         if len(images) != len(labels):
             raise ImageError(f"the dataset holds {len(images)} images, but {len(labels)} labels")
-        self.labels = _checked(torch.as_tensor(labels), len(classes))
+        self.labels = _checked(labels, len(classes))
         if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"`classes` (={classes!r:.200}) must be a list of names")
         self.classes = tuple(classes)
@@ -122,7 +123,13 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
         return item, self.labels[index] if self.multi_label else int(self.labels[index])
 
 
-def _checked(labels: Tensor, num_classes: int) -> Tensor:
+def _checked(given: Any, num_classes: int) -> Tensor:
+    try:
+        labels = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`labels` must be indices of classes, or rows of zeros and ones: {error}") from error
+    if labels.ndim not in (1, 2):
+        raise ValueError(f"`labels` of shape {tuple(labels.shape)} must be (N,) indices, or (N, {num_classes})")
     if labels.ndim == 2:
         if labels.shape[1] != num_classes:
             raise ImageError(f"labels of shape {tuple(labels.shape)} do not fit {num_classes} classes")
