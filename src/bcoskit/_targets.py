@@ -35,9 +35,10 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
         ValueError: If it is out of range or does not fit the output.
     """
     if callable(target):
-        target = target(output.detach().clone())  # which it may write to
-        if target is None:  # not the class with the largest value, for which nobody writes a function
+        chosen: Any = target(output.detach().clone())  # which it may write to
+        if chosen is None:  # not the class with the largest value, for which nobody writes a function
             raise TypeError("`target` is a function that returned None, must return class indices or a position")
+        target = chosen
     positions = isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
     if not positions and output.ndim == 2:
         classes = _classes(output, target, "target") if target is not None else output.detach().argmax(1)
