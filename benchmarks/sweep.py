@@ -103,11 +103,12 @@ def runs() -> list[Run]:
     ]
     parity = [
         Run("parity", name, 30, {"network": title}, seed)
-        for seed in (42, 420)
         for title, name in (
             ("ordinary ResNet-20", "resnet20.standard_cifar10"),
             ("B-cos ResNet-20", "resnet20.bcos_v2_bnu_linear_nomaxout_cifar10"),
+            ("B-cos ResNet-20, MaxOut 2", "resnet20.bcos_cifar10"),
         )
+        for seed in (42, 420)
     ]
     return [*sweep, *ablation, *parity]
 
@@ -296,8 +297,10 @@ def report() -> None:
         written(
             "parity",
             "B-cos and ordinary ResNet-20",
-            "Thirty epochs each, two seeds: uncentred batch norm without bias, no MaxOut, binary cross-entropy, "
-            "against the ordinary network with cross-entropy.",
+            "Thirty epochs each: the B-cos network with uncentred batch norm without bias and binary cross-entropy, "
+            "the ordinary one with cross-entropy. MaxOut 2 doubles the filters; without it both have about as many "
+            "parameters. The pointing game, on 200 grids, is that of `W(x)·x`, of the ordinary network that of Input x "
+            "Gradient. Chance is 0.111, and the standard error of an accuracy 0.4.",
             {"network": "network", "seed": "seed", "accuracy, %": "accuracy", "pointing game": "pointing_median"},
             parity,
         )
