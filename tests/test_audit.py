@@ -117,6 +117,31 @@ def test_where_nothing_is_left_to_explain(forward, operation):
         bcoskit.explain(Coded(forward).eval(), torch.rand(2, 4), 0)
 
 
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_a_network_with_plain_tensors(with_graph):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4, bias=False)
+            self.table = torch.rand(4, 4)
+            self.kept = {}
+
+        def forward(self, x):
+            if "doubled" not in self.kept:
+                self.kept["doubled"] = 2 * self.linear.weight
+            return x @ self.kept["doubled"] @ self.table
+
+    network, x = Keeping().eval(), torch.rand(2, 4)
+    with torch.set_grad_enabled(with_graph):
+        network(x)
+    kept, table = network.kept["doubled"], network.table
+    report = bcoskit.audit(network, x)
+    assert report.passed, report.offenders
+    assert network.kept["doubled"] is kept
+    assert network.table is table
+    assert (kept.dtype, table.dtype, kept.requires_grad) == (torch.float32, torch.float32, with_graph)
+
+
 def test_autocast_within_the_network():
     def cast(linear, x):
         with torch.autocast("cpu", torch.bfloat16):

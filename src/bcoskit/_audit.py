@@ -5,7 +5,6 @@ with one factor that depends on the input. The *numeric audit* differentiates `W
 of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plus the constants of every operation.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from bcoskit._checks import check_inputs, untouched
 from bcoskit._double import DoublePrecision
 from bcoskit._explain import explain
-from bcoskit._layers import run_between, uncompiled
+from bcoskit._layers import in_double_precision, run_between, uncompiled
 from bcoskit._linear_map import Layers, entry
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
@@ -98,7 +97,7 @@ def audit(
     if not isinstance(original, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
     layers = (from_layer, to_layer)
-    network, inputs = copy.deepcopy(original).double(), x.double() if x.is_floating_point() else x
+    network, inputs = in_double_precision(original), x.double() if x.is_floating_point() else x
     with DoublePrecision():
         return _audited(network, inputs, target, layers, products)
 

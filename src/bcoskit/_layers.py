@@ -1,10 +1,15 @@
-"""Run a network from one named layer to another, without touching it."""
+"""Run a network from one named layer to another, without touching it; copy one."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from bcoskit._checks import modules_of
+from bcoskit.dynamic._mode import tensors_in
 
 # The child that is the original network in what `torch.compile` returns; its class takes a second to import.
 _ORIGINAL = "_orig_mod"
@@ -97,6 +102,22 @@ def outputs_of(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, 
     for layer, found in outputs.items():
         _require_one("layers", layer, found)
     return {layer: found[0] for layer, found in outputs.items()}
+
+
+def in_double_precision(model: nn.Module) -> nn.Module:
+    """A deep copy in float64, with the plain tensors that modules keep beside parameters and buffers.
+
+    What they have computed of their weights, and keep with its graph, torch would not copy: it stays true, and loses
+    its graph.
+    """
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    plain = {id(tensor): tensor for module in modules_of(model) for tensor in tensors_in(vars(module))}
+    copies = {
+        key: tensor.detach().to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for key, tensor in plain.items()
+        if key not in own
+    }
+    return copy.deepcopy(model, copies).double()
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """The classifier of a converted network: before or after the pooling, with a bias and a temperature of the logits."""
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._double import DoublePrecision
+from bcoskit._layers import in_double_precision
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._modules import HOOKS, TOLERANCE, contents, is_skipped, restore
 from bcoskit.convert._probe import Probe, probe
@@ -46,7 +46,7 @@ def _can_be_moved(model: nn.Module, pool_path: str, last: str, example: Tensor) 
     if any(vars(module)[name] for module in changed for name in HOOKS):
         return False
     is_half = torch.finfo(linear.weight.dtype).bits < 32
-    tried = copy.deepcopy(model).double() if is_half else model
+    tried = in_double_precision(model) if is_half else model
     before = contents(tried.modules())
     with DoublePrecision() if is_half else nullcontext(), _random_values(tried.get_submodule(last)):
         # An image with which the map has one position tells nothing: the next one is larger.

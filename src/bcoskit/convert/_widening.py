@@ -1,6 +1,5 @@
 """Inputs of pairs `[x, 1 - x]`: wider first layers, or a step before the network where these do not work."""
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._double import DoublePrecision
+from bcoskit._layers import in_double_precision
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._input import PairedInput, normalization, widen
 from bcoskit.convert._modules import TOLERANCE, contents, is_bcos, restore
@@ -52,7 +52,7 @@ def _widened(root: nn.Module, readers: list[str], normalize: Normalize, example:
         difference = _difference_of_widening(root, readers, normalize, pair)
         if TOLERANCE < difference < _ROUNDING:  # by rounding, which a deep network lets grow?
             restore(before)
-            double = copy.deepcopy(root).double()
+            double = in_double_precision(root)
             with DoublePrecision():
                 difference = _difference_of_widening(double, readers, normalize, pair.double())
             widen(root, readers, normalize)

@@ -1,6 +1,5 @@
 """Does an exported file compute what `explain` does?"""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._explain import Explanation, explain
+from bcoskit._layers import in_double_precision
 from bcoskit.dynamic import ProductPolicy
 
 _TOLERANCE = 1e-5  # of the largest entry
@@ -43,7 +43,7 @@ def disagreement(
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own kinds, which are no subclasses of one
         raise ValueError(f"the file cannot be opened by onnxruntime: {_first_line(error)}") from error
-    precise = copy.deepcopy(network).double()
+    precise = in_double_precision(network)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for samples in (1, 3):
