@@ -142,6 +142,14 @@ def test_a_network_with_plain_tensors(with_graph):
     assert (kept.dtype, table.dtype, kept.requires_grad) == (torch.float32, torch.float32, with_graph)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_compiled_scripts():
+    script = torch.jit.script(nn.Linear(4, 4, bias=False))
+    for network in (script.eval(), nn.Sequential(script, nn.ReLU()).eval()):
+        with pytest.raises(ValueError, match="has a compiled script"):
+            bcoskit.audit(network, torch.rand(2, 4))
+
+
 def test_autocast_within_the_network():
     def cast(linear, x):
         with torch.autocast("cpu", torch.bfloat16):

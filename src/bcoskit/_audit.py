@@ -96,6 +96,8 @@ def audit(
     original = uncompiled(model)
     if not isinstance(original, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: a function cannot be copied")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in original.modules()):
+        raise ValueError("`model` has a compiled script, whose operations nobody sees: audit what it was made from")
     layers = (from_layer, to_layer)
     network, inputs = in_double_precision(original), x.double() if x.is_floating_point() else x
     with DoublePrecision():
