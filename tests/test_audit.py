@@ -26,6 +26,14 @@ def audited(forward):
     return bcoskit.audit(Coded(forward).eval(), torch.rand(2, 4), 0)
 
 
+TABLE = torch.rand(4, 4)
+
+
+def written(buffer, values):
+    buffer[:, :2] = values[:, :2]
+    return buffer
+
+
 def by_numpy(linear, x):
     return linear(x) if np.asarray(x.detach()).mean() > 0 else x
 
@@ -53,6 +61,12 @@ def by_a_view(linear, x):
         (by_membership, "__contains__"),
         (by_assignment, "__bool__"),
         (by_a_view, "__bool__"),
+        (lambda linear, x: linear(x) if len((x > 0.2).nonzero()) else x, "__len__"),
+        (lambda linear, x: linear(x) if x[x > 0.2].shape[0] else x, "shape"),
+        (lambda linear, x: linear(x) if torch.where(x > 0.2)[0].numel() else x, "numel"),
+        (lambda linear, x: linear(x) if (x > 0.2).nonzero()[:, 0].size(0) else x, "size"),
+        (lambda linear, x: linear(x) * sum(1 for _ in torch.unique(x)), "unbind"),
+        (lambda linear, x: linear(x) if x.detach().untyped_storage()[0] > 0 else x, "untyped_storage"),
     ],
 )
 def test_values_that_python_reads(forward, operation):
@@ -73,6 +87,12 @@ def test_values_that_python_reads(forward, operation):
         lambda linear, x: linear(x).abs(),
         lambda linear, x: torch.channel_shuffle(linear(x)[..., None, None], 2).flatten(1),
         lambda linear, x: torch.stack([torch.block_diag(row[:2], row[2:])[:, 0] for row in linear(x)]),
+        lambda linear, x: torch.zeros(len(x), 4).index_copy(
+            0, (x[:, 0] > 0.5).nonzero()[:, 0], linear(x[x[:, 0] > 0.5])
+        ),
+        lambda linear, x: linear(torch.cat([x, x.flip(1)])).unflatten(0, (2, -1)).sum(0),
+        lambda linear, x: torch.stack([linear(row) for row in x]),
+        lambda linear, x: linear(x) + linear(x).masked_fill(torch.eye(4)[:1] > 0, -torch.inf).relu(),
     ],
 )
 def test_what_is_linear(forward):
@@ -115,6 +135,64 @@ def test_where_nothing_is_left_to_explain(forward, operation):
     assert offender.location.startswith("test_audit.py:")
     with pytest.raises(ValueError, match=r"no gradient path .* `bcoskit.audit` names"):
         bcoskit.explain(Coded(forward).eval(), torch.rand(2, 4), 0)
+
+
+@pytest.mark.parametrize(
+    ("forward", "operation"),
+    [
+        (lambda linear, x: linear(x).cumsum(0), "cumsum"),
+        (lambda linear, x: linear(x).flip(0).cumsum(0), "flip"),
+        (lambda linear, x: linear(x) * linear(x).softmax(0), "softmax"),
+        (lambda linear, x: linear(x - x.mean(0)), "mean"),
+        (lambda linear, x: (x @ x.T).softmax(1) @ linear(x), "matmul"),
+        (lambda linear, x: linear(x) - linear(x)[:1].tanh() * 0.5, "__getitem__"),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_samples_that_depend_on_each_other(forward, operation, samples):
+    network = Coded(forward).eval()
+    report = bcoskit.audit(network, torch.rand(1, 4).repeat(samples, 1), 0)
+    assert not report.passed
+    (offender,) = [each for each in report.offenders if "other samples" in each.reason]
+    assert operation in offender.operation
+    assert offender.location.startswith("test_audit.py:")
+    assert "statistic" in offender.suggestion
+
+
+def test_samples_that_depend_on_each_other_have_no_shares():
+    network, x = Coded(lambda linear, x: linear(x).cumsum(0)).eval(), torch.rand(3, 4)
+    with pytest.raises(ValueError, match=r"sample \d is another one in the batch than alone.*`bcoskit.audit` names"):
+        bcoskit.explain(network, x, 0, shares=True)
+
+
+def test_a_network_that_draws_random_numbers():
+    network, x = Coded(lambda linear, x: linear(x) + torch.randn_like(x)).eval(), torch.rand(2, 4)
+    state = torch.get_rng_state()
+    report = bcoskit.audit(network, x, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    (offender,) = report.offenders
+    assert "random numbers" in offender.reason
+    assert "random" in offender.suggestion
+    assert offender.location.startswith("test_audit.py:")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda linear, x: linear(x) @ torch.eye(4),
+        lambda linear, x: linear(x) @ TABLE,
+        lambda linear, x: linear(x) @ torch.from_numpy(TABLE.numpy()),
+        lambda linear, x: linear(x) * linear(x).softmax(1, dtype=torch.float32),
+        lambda linear, x: linear(x).mean(1, dtype=torch.float32)[:, None] * torch.ones(4),
+        lambda linear, x: linear(x).type("torch.FloatTensor").max(1, keepdim=True)[0] * torch.ones(4),
+        lambda linear, x: linear(x) + nn.functional.one_hot(torch.arange(len(x)) * 0, 4).float() @ TABLE,
+        lambda linear, x: written(torch.zeros(len(x), 4), linear(x)) + x,
+    ],
+)
+def test_single_precision_that_code_makes_is_audited_in_double(forward):
+    report = audited(forward)
+    assert report.passed, report
+    assert report.residual < 1e-14
 
 
 @pytest.mark.parametrize("with_graph", [True, False])

@@ -195,7 +195,7 @@ class Unfrozen(nn.Module):
     [
         (Reading(), "Tensor.item", "read by Python", "torch.where"),
         (HiddenTanh(), "HiddenTanh.forward", "own backward", "torch's operations"),
-        (Interacting(), "Interacting.forward", "other samples", "eval"),
+        (Interacting(), "Tensor.var", "other samples", "eval"),
         (Unfrozen(), "torch.lgamma", "not known to be linear", "bcoskit.rule"),
         (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm", "statistics of the batch", "eval"),
     ],

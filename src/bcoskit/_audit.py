@@ -5,9 +5,8 @@ with one factor that depends on the input. The *numeric audit* differentiates `W
 of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plus the constants of every operation.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from bcoskit._linear_map import Layers, entry
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
 from bcoskit.dynamic._graph import LocatingMode, Violation, violations
-from bcoskit.dynamic._places import Places
+from bcoskit.dynamic._interactions import interaction
 
 __all__ = ["AuditReport", "Violation", "audit", "weights_gradient"]
 
 RESIDUAL_BOUND = 1e-10
-_INTERACTION = 1e-9  # relative; what rounding makes of another batch size is far below
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,9 @@ class AuditReport:
     """What the three audits found.
 
     Attributes:
-        offenders: The operations that are not linear in the input, or make samples depend on each other, or decide by
-            values of the input in Python, or leave nothing to explain; empty if the graph audit passed.
+        offenders: The operations that are not linear in the input, or make samples depend on each other, or draw random
+            numbers, or decide by values of the input in Python, or leave nothing to explain; empty if the graph audit
+            passed.
         forward: Largest difference between the outputs inside and outside `explanation_mode`, relative to the largest
             output.
         numeric: Largest absolute derivative of `W(x)` with respect to `x` with its factors frozen: exactly 0 if the
@@ -110,10 +109,12 @@ def _audited(
     mode = LocatingMode(network, products)
     with untouched(inputs.device), mode:
         _, output = run_between(network, inputs, entry(mode), *layers)
-        offenders = (*violations(output, mode), *mode.unseen)
+        offenders = tuple(dict.fromkeys((*violations(output, mode), *mode.unseen)))
     if not output.requires_grad and mode.ending is not None:
         offenders += (mode.ending,)
-    offenders += tuple(_interacting(network, inputs))
+    with untouched(inputs.device):
+        dependent = interaction(network, inputs, lambda x: run_between(network, x, Tensor.clone, None, layers[1])[1])
+    offenders += () if dependent is None else (dependent,)
     forward = _difference(output.detach(), network, inputs, layers)
     numeric = weights_gradient(network, inputs, layers, products=products)
     if offenders:
@@ -129,51 +130,8 @@ def _audited(
     return AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
 
 
-def _interacting(network: nn.Module, x: Tensor) -> Iterator[Violation]:
-    """The first module whose output for a sample is another one when there are other samples beside it."""
-    pair = torch.cat([x[:1], x[:1].flip(-1) if len(x) == 1 else x[1:2]])
-    together, alone = (_outputs(network, inputs) for inputs in (pair, x[:1]))
-    for (path, kind, place, both), by_itself in zip_longest(together, alone[: len(together)]):
-        one = None if by_itself is None else by_itself[3]  # None where one sample alone raises
-        if one is not None and (both.shape[1:] != one.shape[1:] or len(both) != 2 * len(one)):
-            continue
-        if one is None or not bool((both[: len(one)] - one).abs().max() <= _INTERACTION * one.abs().max()):
-            yield Violation("", kind, place, path, "makes each output depend on the other samples of the batch")
-            return
-
-
-def _outputs(network: nn.Module, x: Tensor) -> list[tuple[str, str, str, Tensor]]:
-    """The outputs of all modules, in the order in which they end: paths, classes, places of their code, outputs.
-
-    If the network raises, those of the modules that have ended before.
-    """
-    found: list[tuple[str, str, str, Tensor]] = []
-    places = Places(network)
-    handles: list[Any] = []
-
-    def watch(path: str, module: nn.Module) -> None:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
-                place = places.of(module)
-                found.append((path, f"{type(module).__name__}.forward", place[0] if place else "?", output.clone()))
-
-        handles.append(module.register_forward_hook(note))
-
-    for path, module in network.named_modules():
-        watch(path, module)
-    try:
-        with torch.no_grad():
-            network(x.clone())
-    except Exception:  # what has ended before tells where
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _difference(output: Tensor, network: nn.Module, x: Tensor, layers: Layers) -> float:
-    with torch.no_grad():
+    with untouched(x.device), torch.no_grad():
         _, plain = run_between(network, x, Tensor.clone, *layers)
     return float((output - plain).abs().max() / plain.abs().max().clamp_min(torch.finfo(plain.dtype).tiny))
 

@@ -1,4 +1,4 @@
-"""Networks in double precision, in which code casts to single precision."""
+"""Networks in double precision, in which code casts to single precision, or makes tensors of it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,42 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_REINTERPRETING = (Tensor.view,)
+
 
 class DoublePrecision(TorchFunctionMode):
-    """Casts to single precision, as some norms have, leave double precision as it is."""
+    """Single precision becomes double: casts, as some norms have, and what code makes or keeps for itself."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        if func in (Tensor.float, Tensor.to, Tensor.type) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = tuple(map(_not_single, args))
-            keywords = {name: _not_single(value) for name, value in keywords.items()}
-        return func(*args, **keywords)
+        if func is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if func not in _REINTERPRETING:
+            # What is written to must stay the tensor that the caller has.
+            target, args = (args[:1], args[1:]) if _writes(func) else ((), args)
+            args = (*target, *map(_doubled, args))
+            keywords = {name: value if name == "out" else _doubled(value) for name, value in keywords.items()}
+        output = func(*args, **keywords)
+        return output if _writes(func) or keywords.get("out") is not None else _doubled(output)
 
 
-def _not_single(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in ("__setitem__", "__set__", "__get__") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _doubled(value: Any) -> Any:
+    if value is torch.float32:
+        return torch.float64
+    if isinstance(value, str) and value == "torch.FloatTensor":
+        return "torch.DoubleTensor"
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, (list, tuple)):
+        doubled = [_doubled(each) for each in value]
+        if all(new is old for new, old in zip(doubled, value, strict=True)):
+            return value
+        return getattr(type(value), "_make", type(value))(doubled)  # named tuples take their fields one by one
+    return value

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bcoskit._checks import check_channel_dim, check_inputs
 from bcoskit._layers import uncompiled
-from bcoskit._linear_map import Task, not_linear, run_frozen, shares_of
+from bcoskit._linear_map import Task, check_independence, not_linear, run_frozen, shares_of
 from bcoskit._targets import Target, Versus, picked, select
 from bcoskit._trust import is_known
 from bcoskit.dynamic import ProductPolicy, explanation_mode, frozen
@@ -283,7 +283,8 @@ def explain(
     Raises:
         TypeError: If `x` or an output is not a tensor of a suitable type.
         ValueError: If the network is in training mode, `x` is not finite, a target is out of range or does not fit
-            the output, the target does not depend on the input, or `products` is no policy.
+            the output, the target does not depend on the input, or `products` is no policy; with `shares`, if the
+            output of a sample is another one in the batch than alone.
         RuntimeError: If it is called in inference mode, or `x` was made in it.
         NotLinearError: If the network is not dynamic linear.
     """
@@ -305,6 +306,7 @@ def explain(
         if chosen is None:  # positions; a function is asked for those of the whole batch, and not of each sample
             chosen = target(found.output.detach().clone()) if callable(target) else target
         completed = shares_of(model, x, chosen, found.others, layers, products)
+        check_independence(found.output, completed.output)
         constants = completed.table
         if weights is None:
             whole, weights = completed, completed.weights

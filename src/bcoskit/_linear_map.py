@@ -99,6 +99,22 @@ def not_linear(
     )
 
 
+def check_independence(together: Tensor, alone: Tensor) -> None:
+    """Refuse outputs of a batch that are not those of its samples: far more than rounding makes of them.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    bound = 100 * torch.finfo(together.dtype).eps ** 0.5
+    difference = (together - alone).abs().reshape(len(alone), -1).amax(1)
+    worst = int(difference.argmax())
+    if difference[worst] > bound * alone.abs().max():
+        raise ValueError(
+            f"the output of sample {worst} is another one in the batch than alone, so that it has no W(x) of its own: "
+            "the samples interact, or the network draws random numbers; `bcoskit.audit` names where"
+        )
+
+
 def _weights(value: Tensor, start: Tensor, create_graph: bool) -> Tensor:
     """One backward pass per target: the samples do not interact, so that a sum over them keeps them apart."""
     columns = value.unbind(1) if value.ndim == 2 else (value,)

@@ -36,6 +36,7 @@ _SUGGESTIONS = {
     "own backward": "write it with torch's operations, or register a rule for the function that calls it",
     "read by Python": "compute with tensors (`torch.where`, a product) instead of deciding by a value",
     "samples of the batch": "call `model.eval()`, and keep running statistics; let no statistic run over the batch",
+    "draws random": "call `model.eval()`, and draw no random numbers there",
     "statistics of the batch": "call `model.eval()`, and keep running statistics",
     "factors that depend": "freeze one factor by `bcoskit.freeze`",
 }
@@ -209,6 +210,8 @@ class LocatingMode(ExplanationMode):
         self.ending: Violation | None = None
         # What was computed from the input without a gradient path: kept, so that no other tensor takes its address.
         self._derived: dict[int, Tensor] = {}
+        # What has a size by values of the input, such as the positions of what is positive.
+        self._chosen: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._has_autocast = False
 
@@ -227,16 +230,33 @@ class LocatingMode(ExplanationMode):
     def __exit__(self, *exception: Any) -> None:
         self._hooks.pop().remove()
         self._derived.clear()
+        self._chosen.clear()
         super().__exit__(*exception)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if args and id(args[0]) in self._chosen and _reads_size(func):
+            self._note_read(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _note_read(self, func: Callable[..., Any]) -> None:
+        name = "Tensor.shape" if getattr(func, "__self__", None) is _SHAPE else name_of(func)
+        reason = "is read by Python, which decides by a value of the input: the decision is no part of the map"
+        self.unseen.append(Violation("read", name, *self._places.here(), reason))
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         read = [args[1:], kwargs] if name in _OF_SHAPE else args[:1] if name in _OF_FIRST else [args, kwargs]
         given = list(tensors_in(read))
         from_input = any(tensor.requires_grad or id(tensor) in self._derived for tensor in given)
+        chosen = [tensor for tensor in given if id(tensor) in self._chosen]
         if name in _READS and from_input:
-            reason = "is read by Python, which decides by a value of the input: the decision is no part of the map"
-            self.unseen.append(Violation("read", name_of(func), *self._places.here(), reason))
+            self._note_read(func)
         self._note_autocast(given if from_input else [])
         try:
             output = super()._apply(func, args, kwargs)
@@ -247,6 +267,9 @@ class LocatingMode(ExplanationMode):
             changed = list(tensors_in(args[0] if output is None else output))  # an assignment returns nothing
             changed += [tensor._base for tensor in changed if tensor._base is not None]
             self._derived |= {id(tensor): tensor for tensor in changed if not tensor.requires_grad}
+            # What is computed with what was chosen has its size, and layers read that of numbers to arrange them.
+            if _chooses(name, args) or (chosen and not any(map(torch.is_floating_point, changed))):
+                self._chosen |= {id(tensor): tensor for tensor in changed}
             ends = not any(tensor.requires_grad for tensor in changed) and any(map(torch.is_floating_point, changed))
             if ends and any(tensor.requires_grad for tensor in given):
                 self.ending = Violation("constant", name_of(func), *self._places.here(), _CONSTANT)
@@ -285,8 +308,29 @@ class LocatingMode(ExplanationMode):
 
 
 _READS = frozenset(
-    "__bool__ __int__ __float__ __index__ __contains__ __array__ item tolist numpy is_nonzero equal allclose".split()
+    """
+    __bool__ __int__ __float__ __index__ __contains__ __array__ __dlpack__ item tolist numpy is_nonzero equal allclose
+    storage untyped_storage
+    """.split()
 )
+# What gives as many values as fulfil a condition …
+_CHOOSING = frozenset("nonzero argwhere masked_select unique unique_consecutive".split())
+# … and what tells how many.
+_SIZES = frozenset("__len__ size numel nelement unbind".split())
+_SHAPE: Any = Tensor.shape
+
+
+def _chooses(name: str, args: tuple[Any, ...]) -> bool:
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else args[1:]
+        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in index)
+    return name in _CHOOSING or (name == "where" and len(args) == 1)
+
+
+def _reads_size(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "") in _SIZES or getattr(func, "__self__", None) is _SHAPE
+
+
 # Of their first argument they take shape, dtype and device alone, …
 _OF_SHAPE = frozenset(
     """
