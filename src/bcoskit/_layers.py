@@ -161,6 +161,8 @@ def _require_one(argument: str, layer: str, outputs: Sequence[Tensor]) -> None:
 
 def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[Any], Tensor]) -> nn.Module:
     """A copy of the network in which the layer at the path hands its output to `report`, and may get another back."""
+    if not isinstance(path, str):
+        raise TypeError(f"`{argument}` (={path!r}) must be the path of a layer, such as {_some_path(root)!r}")
     names = path.split(".") if path else []
     copy = module = _shallow_copy(root)
     for name in names:
@@ -174,6 +176,10 @@ def _with_report(root: nn.Module, path: str, argument: str, report: Callable[[An
     module._forward_hooks = OrderedDict(module._forward_hooks)
     module.register_forward_hook(lambda _module, _inputs, output: report(output))
     return copy
+
+
+def _some_path(root: nn.Module) -> str:
+    return next((name for name, _ in root.named_modules() if name), "")
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

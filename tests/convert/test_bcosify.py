@@ -1,6 +1,6 @@
 import copy
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import timm
@@ -503,6 +503,34 @@ class TestReport:
         assert [module.path for module in report.of("bypassed")] == ["mix"]
         assert "stays linear" in str(report)
 
+    def test_what_is_called_and_used_without_a_call(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.words, self.twice, self.once = nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x):
+                x = self.once(F.linear(self.twice(self.words(x)), self.twice.weight))
+                return F.linear(x.mean(1), self.words.weight)
+
+        report = bcosify(Tied().eval(), BcosConfig(encode=False), example=torch.randint(5, (2, 4))).conversion
+        assert sorted(module.path for module in report.of("bypassed")) == ["twice", "words"]
+        assert [module.path for module in report.of("replaced")] == ["once"]
+
+    def test_what_is_called_in_training_alone(self):
+        class Auxiliary(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.head, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+
+            def forward(self, x):
+                x = self.conv(x).mean((2, 3))
+                return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+        report = bcosify(Auxiliary()).conversion
+        assert not report.of("bypassed")
+        assert [module.path for module in report.of("replaced") if "not called" in module.detail] == ["aux"]
+
     def test_what_is_left(self):
         model = WithOwn()
         model(torch.rand(1, 3, 32, 32))
@@ -789,6 +817,114 @@ class TestWhatIsNoLayerOfTorch:
     def test_norms_of_all_processes_stay_so(self):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.BatchNorm2d(8))
         assert [norm.synchronized for norm in bcosify(model.eval())[1:]] == [True, False]
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
+
+
+class Opaque:
+    def __init__(self, scores):
+        self.scores = scores
+
+
+class TestOutputsThatAreObjects:
+    @pytest.mark.parametrize("kind", [Scores, Opaque])
+    def test_who_reads_the_image_is_seen_by_what_is_in_them(self, kind):
+        class Reading(nn.Module):
+            def __init__(self, reads):
+                super().__init__()
+                self.conv, self.head, self.reads = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), reads
+
+            def forward(self, x):
+                scores = self.head(self.conv(x).relu().mean((2, 3)))
+                return kind(scores * x.mean((1, 2, 3))[:, None] if self.reads else scores)
+
+        x = torch.rand(2, 3, 16, 16)
+        for reads in (True, False):
+            model = Reading(reads).eval()
+            converted = bcosify(model, EXACT)
+            assert isinstance(converted, PairedInput) == (reads or kind is Opaque)
+            assert relative(converted(pairs(x)).scores, model(x).scores) < 1e-6
+
+
+class TestPairedInput:
+    def test_arguments_of_the_network(self):
+        class Masked(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(192, 4)
+
+            def forward(self, pixels, mask=None, *, scale=1.0):
+                pixels = pixels if mask is None else pixels * mask
+                return scale * self.linear(pixels.flatten(1))
+
+        model, x = Masked().eval(), torch.rand(2, 3, 8, 8)
+        converted, mask = bcosify(model, EXACT, example=x), torch.rand(8, 8)
+        assert isinstance(converted, PairedInput)
+        expected = model(x, mask, scale=2.0)
+        for given in (
+            converted(pairs(x), mask, scale=2.0),
+            converted(pixels=pairs(x), mask=mask, scale=2.0),
+            converted(x=pairs(x), mask=mask, scale=2.0),
+        ):
+            assert relative(given, expected) < 1e-6
+        with pytest.raises(TypeError, match="`pixels` is missing"):
+            converted(mask=mask)
+
+
+class TestWhatIsNoUsualNetwork:
+    def test_one_layer(self):
+        linear, x = nn.Linear(8, 3), torch.rand(2, 8)
+        converted = bcosify(linear, replace(EXACT, encode=False), example=x)
+        assert isinstance(converted, BcosLinear)
+        assert relative(converted(x), linear(x)) < 1e-6
+        conv, image = nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
+        assert relative(bcosify(conv, EXACT)(pairs(image)), conv(image)) < 1e-6
+
+    def test_a_first_layer_that_is_skipped(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+        converted, x = bcosify(model, EXACT, skip=["0"], example=torch.rand(1, 3, 8, 8)), torch.rand(2, 3, 8, 8)
+        assert isinstance(converted, PairedInput)
+        assert type(converted.model[0]) is nn.Conv2d
+        assert relative(converted(pairs(x)), model(x)) < 1e-6
+
+    def test_layers_in_a_map(self):
+        class Mapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(8, 3)
+
+            def forward(self, x):
+                return torch.vmap(self.linear)(x)
+
+        model, x = Mapped().eval(), torch.rand(2, 8)
+        assert relative(bcosify(model, replace(EXACT, encode=False), example=x)(x), model(x)) < 1e-6
+
+    def test_lazy_layers(self):
+        model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)).eval()
+        with pytest.raises(ValueError, match="the lazy module '0' has no weights yet"):
+            bcosify(model)
+        with pytest.raises(ValueError, match="the lazy module '0' has no weights yet"):
+            bcoskit.audit(model, torch.rand(2, 8))
+
+    def test_two_inputs(self):
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3)
+
+            def forward(self, a, b):
+                return self.conv(a + b)
+
+        with pytest.raises(ValueError, match="missing 1 required positional argument: 'b'"):
+            bcosify(Two())
+
+    def test_a_size_that_was_asked_for(self):
+        model = shaken(timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(3, 3)))
+        x = torch.rand(1, 3, 56, 56)
+        assert relative(bcosify(model, EXACT)(pairs(x)), model(normalized(model, x))) < 1e-5
 
 
 class TestLayersThatAreNotCalled:

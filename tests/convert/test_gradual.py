@@ -83,7 +83,7 @@ def test_it_ends_as_what_bcosify_makes(images):
 def test_it_only_goes_forward():
     gradual = GradualConversion(ordinary(), CONFIG)
     gradual.set(0.5)
-    for progress in (0.4, 1.1, float("nan")):
+    for progress in (0.4, 1.1, float("nan"), "a"):
         with pytest.raises(ValueError, match="`progress`"):
             gradual.set(progress)
     gradual.finish()

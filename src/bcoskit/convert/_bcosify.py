@@ -1,7 +1,8 @@
 """`bcosify`: an ordinary network becomes a B-cos network, module by module, and keeps its weights."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,10 +15,15 @@ from bcoskit.convert._classifier import add_constants, move_classifier
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._input import with_constants
 from bcoskit.convert._modules import contents, is_bcos, is_skipped, restore, take_place
-from bcoskit.convert._probe import Probe, probe, probe_any
+from bcoskit.convert._probe import Probe, WeightUses, probe, probe_any
 from bcoskit.convert._report import ConversionReport, ConvertedModule
 from bcoskit.convert._rules import RULES, UNKNOWN, Rule, rule_for
 from bcoskit.convert._widening import paired, with_pairs
+
+# Functions that make of a weight the linear transform of a layer, as a classifier with the weight of an embedding.
+_TRANSFORMS = frozenset(
+    {"linear", "torch.matmul", "Tensor.matmul", "torch.mm", "Tensor.mm", "torch.einsum", "Tensor.t"}
+)
 
 
 def bcosify(
@@ -62,7 +68,7 @@ def bcosify(
     if not inplace:
         try:
             copied = copy.deepcopy(model)
-        except RuntimeError as error:  # of weights that are made anew before each call, as by pruning
+        except (RuntimeError, ValueError) as error:  # of weights that are made anew before each call, as by pruning
             _refuse(model, patterns)
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(f"`model` cannot be copied, give `inplace=True` or mend this: {reason}") from error
@@ -98,12 +104,13 @@ def _converted(
     model: nn.Module, config: BcosConfig, rules: tuple[Rule, ...], skip: tuple[str, ...], example: Tensor | None
 ) -> nn.Module:
     _refuse(model, skip)
-    seen = probe_any(model, example)
-    if config.encode and seen is None:
+    probed = probe_any(model, example)
+    seen = probed if isinstance(probed, Probe) else None
+    if config.encode and isinstance(probed, Exception):
         raise ValueError(
             "`model` takes no image of a usual size: give an `example` of its input, or `encode=False` for inputs that "
-            "are no images"
-        )
+            f"are no images. Of the last it said: {' '.join(str(probed).split())[:300]}"
+        ) from probed
     if seen is not None and seen.example.ndim > 1:
         config = with_constants(config, model, seen.example.shape[1])
     notes = list[ConvertedModule]()
@@ -117,7 +124,7 @@ def _converted(
     _write_to_no_input(root)
     if classifier is not None and config.has_constants:
         add_constants(root, config, classifier)
-    network = root if not config.encode or seen is None else with_pairs(root, config, seen, notes)
+    network = root if not config.encode or seen is None else with_pairs(root, config, seen, notes, skip)
     if seen is not None:
         notes = _with_bypassed(network, config, seen, notes, "" if network is root else "model.")
     setattr(network, "conversion", ConversionReport(config, tuple(notes), skip, bool(rules)))  # noqa: B010 - no module
@@ -248,28 +255,41 @@ def _holds_constants(module: nn.Module) -> bool:
 def _with_bypassed(
     network: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule], above: str
 ) -> list[ConvertedModule]:
-    """Mark the B-cos layers that are never called, where the original called none either.
+    """Mark the layers whose weights are used without them, and B-cos layers that are not called.
 
     Raises:
         ValueError: If the network does not run, or calls none of them.
     """
-    try:
-        called = probe(network, paired(seen.example) if config.encode else seen.example).called
-    except Exception as error:
-        raise ValueError(
-            f"the converted network does not run: {' '.join(str(error).split())}; name the module in `skip`, or give a "
-            "rule for it"
-        ) from error
+    with WeightUses(network) as uses:
+        try:
+            called = probe(network, paired(seen.example) if config.encode else seen.example).called
+        except Exception as error:
+            raise ValueError(
+                f"the converted network does not run: {' '.join(str(error).split())}; name the module in `skip`, or "
+                "give a rule for it"
+            ) from error
     layers = {path for path, module in network.named_modules() if is_bcos(module)}
-    unused = {path.removeprefix(above) for path in layers - called}
     if layers and not layers & called:
         raise ValueError(
             "`model` calls none of the modules that were converted: its forward pass uses their weights, or holds them "
             "in a plain list, where `nn.ModuleList` is to be used"
         )
-    return [
-        ConvertedModule(note.path, note.kind, "bypassed", "stays linear: the network uses its weight without a call")
-        if note.outcome == "replaced" and note.path in unused
-        else note
-        for note in notes
-    ]
+    by_path = {path.removeprefix(above): path for path in layers | set(uses.found)}
+    return [_seen_in_use(note, by_path.get(note.path), called, uses.found) for note in notes]
+
+
+def _seen_in_use(
+    note: ConvertedModule, path: str | None, called: frozenset[str], uses: Mapping[str, set[str]]
+) -> ConvertedModule:
+    """What a report says of a module, after a look at who uses its weight."""
+    functions = sorted(uses.get(path or "", ()))
+    if note.outcome == "replaced" and path is not None and functions:
+        detail = "stays linear: the network uses its weight without a call"
+        if path in called:
+            detail = "stays linear where the network uses its weight by itself"
+        return replace(note, outcome="bypassed", detail=detail)
+    if note.outcome == "replaced" and path is not None and path not in called:
+        return replace(note, detail=f"{note.detail}, not called in evaluation mode")
+    if note.outcome == "kept" and not _TRANSFORMS.isdisjoint(functions):
+        return replace(note, outcome="bypassed", detail="stays linear: the network uses its weight as that of a layer")
+    return note

@@ -1,5 +1,6 @@
 """The input of a converted network: pairs `[x, 1 - x]` in the place of images."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,7 +83,25 @@ class PairedInput(nn.Module):
         self.normalize = normalize
         self.model = model
 
-    def forward(self, x: Tensor) -> Any:
-        """Pairs (N, 2C, *spatial) to the output of the network."""
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Pairs (N, 2C, *spatial) to the output of the network.
+
+        Args:
+            *arguments: As of the network, with pairs for the images that come first.
+            **keywords: As of the network; the pairs may have the name that it gives to its first argument, or `x`.
+
+        Raises:
+            TypeError: If there are no pairs.
+        """
+        if arguments:
+            return self.model(self._image(arguments[0]), *arguments[1:], **keywords)
+        first = next(iter(inspect.signature(self.model.forward).parameters), "x")
+        name = next((name for name in (first, "x") if name in keywords), None)
+        if name is None:
+            raise TypeError(f"`{first}` is missing: pairs [x, 1 - x] of shape (N, 2C, *spatial)")
+        image = self._image(keywords.pop(name))
+        return self.model(image, **keywords)
+
+    def _image(self, x: Tensor) -> Tensor:
         image, complement = self.normalize(x).chunk(2, -1 - self.normalize.dimensions)
-        return self.model((image - complement) / 2)
+        return (image - complement) / 2

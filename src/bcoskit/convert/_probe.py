@@ -1,15 +1,17 @@
 """What a network does with an input, seen from outside: who reads the image, who is called, who gives the output."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bcoskit._layers import logits_of
+from bcoskit.dynamic._mode import name_of, tensors_in
 
 _DIMENSIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _SIZES = (32, 64, 96, 128, 224, 256, 384)
@@ -22,7 +24,7 @@ class Probe:
     Attributes:
         example: The input.
         output: The network's output, if it is one tensor.
-        outputs: All tensors of the network's output, in their order.
+        outputs: All tensors of the network's output, in their order; those in data classes as well.
         inner: The last output of each layer that is one tensor, by its path.
         readers: Paths of the layers that read the input itself.
         last: Path of the layer whose output is the network's.
@@ -48,6 +50,8 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
             if caller is not module:  # the one in whose place this one came, and whose hooks it shares
                 return
             called.add(path)
+            if not path:  # a network of one layer has nothing inside
+                return
             if arguments and isinstance(arguments[0], Tensor) and _is_same(arguments[0], example):
                 readers.append(path)
             if isinstance(output, Tensor):
@@ -55,8 +59,7 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
 
         handles.append(module.register_forward_hook(note))
 
-    leaves = [(path, module) for path, module in model.named_modules() if path and not module._modules]
-    for path, module in leaves:
+    for path, module in _leaves(model):
         watch(path, module)
     try:
         with evaluating(model):
@@ -74,6 +77,10 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
     )
 
 
+def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if not module._modules]
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -82,10 +89,75 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(logits_of(value), Tensor):
+        yield logits_of(value)
 
 
 def _is_same(tensor: Tensor, example: Tensor) -> bool:
-    return tensor.data_ptr() == example.data_ptr() and tensor.shape == example.shape
+    try:
+        return tensor.data_ptr() == example.data_ptr() and tensor.shape == example.shape
+    except RuntimeError:  # what `torch.vmap` hands to layers has no storage
+        return False
+
+
+class WeightUses(TorchFunctionMode):
+    """Watches which layers' weights are computed with while the layers themselves do not run.
+
+    Args:
+        model: The network.
+
+    Attributes:
+        found: Names of the functions that take a weight, by the path of its layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: dict[str, set[str]] = {}
+        self._leaves = _leaves(model)
+        self._owners: dict[int, set[str]] = {}
+        for path, module in self._leaves:
+            for parameter in module._parameters.values():
+                self._owners.setdefault(id(parameter), set()).add(path)
+        self._running: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "WeightUses":
+        for path, module in self._leaves:
+            self._watch(path, module)
+        super().__enter__()
+        return self
+
+    def _watch(self, path: str, module: nn.Module) -> None:
+        def begin(caller: nn.Module, _arguments: Any) -> None:
+            if caller is module:  # and none whose hooks it shares
+                self._running.append(path)
+
+        def end(caller: nn.Module, _arguments: Any, _output: Any) -> None:
+            if caller is module:
+                self._running.remove(path)
+
+        self._handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not any(tensor.is_floating_point() for tensor in tensors_in(output)):  # shapes and types are read by many
+            return output
+        for tensor in tensors_in([args, kwargs]):
+            owners = self._owners.get(id(tensor), set())
+            if owners.isdisjoint(self._running):
+                for path in owners:
+                    self.found.setdefault(path, set()).add(name_of(func))
+        return output
 
 
 @contextmanager
@@ -117,6 +189,9 @@ def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
     dimensions = next((count for kind, count in _DIMENSIONS.items() if isinstance(first, kind)), 2)
     configuration = getattr(model, "pretrained_cfg", None) or {}
     size = configuration.get("input_size")
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None and built_for is not None:  # timm may have been asked for another size
+        size = (size[0], *built_for)
     sizes: list[tuple[int, ...]] = [(side,) * dimensions for side in (_SIZES if dimensions < 3 else _SIZES[:2])]
     if size is not None:
         # A network that takes other sizes than its own is quicker to try with small ones.
@@ -132,8 +207,8 @@ def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
         yield torch.randn(1, count, *shape, generator=generator).to(parameter.device, parameter.dtype)
 
 
-def probe_any(model: nn.Module, given: Tensor | None) -> Probe | None:
-    """Probe with a given example, or with the first that works; None if none does.
+def probe_any(model: nn.Module, given: Tensor | None) -> Probe | Exception:
+    """Probe with a given example, or with the first that works; if none does, what the network said of the last.
 
     Raises:
         ValueError: If the network does not take the given one.
@@ -145,9 +220,10 @@ def probe_any(model: nn.Module, given: Tensor | None) -> Probe | None:
             raise ValueError(
                 f"`example` of shape {tuple(given.shape)} is no input of the network: {' '.join(str(error).split())}"
             ) from error
+    refusal: Exception = ValueError("there is no input to try")
     for example in examples(model):
         try:
             return probe(model, example)
-        except Exception:  # not this size
-            continue
-    return None
+        except Exception as error:  # not this size
+            refusal = error
+    return refusal

@@ -29,7 +29,7 @@ def set_b(model: nn.Module, b: float) -> nn.Module:
     Raises:
         ValueError: If `b` is out of its range, or the network has no B-cos layer.
     """
-    if not isinstance(b, (int, float)) or not 1 <= b < float("inf"):
+    if type(b) not in (int, float) or not 1 <= b < float("inf"):
         raise ValueError(f"`b` (={b!r}) must be a finite exponent of at least 1")
     layers = _layers_of(model)
     if not layers:
@@ -109,9 +109,10 @@ class GradualConversion:
         Raises:
             ValueError: If it is below that, above 1, or the conversion is finished.
         """
-        if self._finished or not self.progress <= progress <= 1:
+        known = isinstance(progress, (int, float))
+        if self._finished or not known or not self.progress <= progress <= 1:
             end = "the conversion is finished" if self._finished else f"must be between {self.progress} and 1"
-            raise ValueError(f"`progress` (={progress}): {end}")
+            raise ValueError(f"`progress` (={progress!r}): {end}")
         if progress == self.progress:
             return
         factor = (1 - progress) / (1 - self.progress)

@@ -13,7 +13,7 @@ from bcoskit._double import DoublePrecision
 from bcoskit._layers import in_double_precision
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._input import PairedInput, normalization, widen
-from bcoskit.convert._modules import TOLERANCE, contents, is_bcos, restore
+from bcoskit.convert._modules import TOLERANCE, contents, is_bcos, is_skipped, restore
 from bcoskit.convert._probe import Probe, probe
 from bcoskit.convert._report import ConvertedModule
 from bcoskit.nn import Normalize
@@ -21,12 +21,14 @@ from bcoskit.nn import Normalize
 _ROUNDING = 0.1  # relative; a larger difference is none of rounding
 
 
-def with_pairs(root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule]) -> nn.Module:
+def with_pairs(
+    root: nn.Module, config: BcosConfig, seen: Probe, notes: list[ConvertedModule], skip: tuple[str, ...]
+) -> nn.Module:
     """The network with an input of pairs: by wider first layers, or behind a step if that does not work."""
     channels, dimensions = seen.example.shape[1], seen.example.ndim - 2
     normalize = normalization(config, channels, dimensions)
     readers = _readers(root, seen)
-    if readers:
+    if readers and not any(is_skipped(path, skip) for path in readers):
         before = contents(root.modules())
         if _widened(root, readers, normalize, seen.example):
             notes += [
@@ -64,6 +66,8 @@ def _widened(root: nn.Module, readers: list[str], normalize: Normalize, example:
 def _difference_of_widening(root: nn.Module, readers: list[str], normalize: Normalize, pair: Tensor) -> float:
     """Widen, and compare all outputs, relative to the largest of each; 0 if they are not finite, and tell nothing.
 
+    Infinite if there are none.
+
     With exponent 1 and raw filters: by others the pair has another cosine than the image. What a last layer of zeros
     makes of all images alike is compared by the outputs of the layers instead.
     """
@@ -75,10 +79,12 @@ def _difference_of_widening(root: nn.Module, readers: list[str], normalize: Norm
     widen(root, readers, normalize)
     with _linear_layers(root):
         found = probe(root, pair)
+    if not expected.outputs:  # but an object that nobody looks into
+        return math.inf
     pairs = list(zip_longest(found.outputs, expected.outputs))
     if all(map(torch.equal, expected.outputs, of_another)):
         pairs += [(found.inner[path], each) for path, each in expected.inner.items() if path in found.inner]
-    return max((_difference(ours, theirs) for ours, theirs in pairs), default=0.0)
+    return max(_difference(ours, theirs) for ours, theirs in pairs)
 
 
 def _difference(found: Tensor | None, expected: Tensor | None) -> float:
