@@ -98,7 +98,7 @@ def audit(
     if any(isinstance(module, torch.jit.ScriptModule) for module in original.modules()):
         raise ValueError("`model` has a compiled script, whose operations nobody sees: audit what it was made from")
     for path, module in original.named_modules():
-        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+        if any(isinstance(each, nn.parameter.UninitializedParameter) for each in module._parameters.values()):
             raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
     layers = (from_layer, to_layer)
     network, inputs = in_double_precision(original), x.double() if x.is_floating_point() else x

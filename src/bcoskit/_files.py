@@ -52,7 +52,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
-        if error.filename is not None and str(error.filename) == str(unfinished):
+        # Of a full disk no file is named.
+        if error.strerror is not None and (error.filename is None or str(error.filename) == str(unfinished)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:

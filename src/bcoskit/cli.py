@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -159,10 +160,12 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(f"there is no command {name!r}; there are: {', '.join(COMMANDS)}")
     function = COMMANDS[name].load()
     parser = _parser(name, COMMANDS[name], function)
+    _check_files(arguments[1:])
     try:
         options = parser.parse_args(_with_underscores(arguments[1:]))
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
+    _check_values(function, options)
     values = dict(vars(parser.instantiate(options)))
     values.pop("config", None)
     # An option may go by a word that Python keeps for itself.
@@ -218,6 +221,38 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> _Parse
             special.add(parameter.name)
     parser.add_function_arguments(function, skip=special)
     return parser
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Refuse files of options that hold no text, of which the parser would not tell the name."""
+    for index, argument in enumerate(arguments):
+        option, equals, file = argument.partition("=")
+        if option == "--config":
+            file = file if equals else next(iter(arguments[index + 1 :]), "")
+            try:
+                text = Path(file).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(f"`config` (={file!r}) is no text in UTF-8") from error
+            except OSError:  # the parser tells that
+                continue
+            if not text.strip():
+                raise UsageError(f"`config` (={file!r}) is empty")
+
+
+def _check_values(function: Callable[..., Any], options: Any) -> None:
+    """Refuse what a file of options may give for one, and a command line cannot: nothing, or no group of options."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = options.get(name, parameter.default)
+        if is_dataclass(parameter.default) and not hasattr(value, "keys") and value is not parameter.default:
+            raise UsageError(
+                f"`{name}` (={value!r}) must be a group of options, such as {{{_some_field(parameter)}: …}}"
+            )
+        if value is None and parameter.default is not None:
+            raise UsageError(f"`{name}` has no value")
+
+
+def _some_field(parameter: inspect.Parameter) -> str:
+    return fields(parameter.default)[0].name
 
 
 def _with_underscores(arguments: Sequence[str]) -> list[str]:

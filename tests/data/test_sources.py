@@ -110,6 +110,9 @@ class TestTarImages:
         path.write_bytes(whole[: header + 5])  # cut off
         with pytest.raises(ImageError, match=rf"a\.tar: no readable tar file \(damaged at byte {header}\)"):
             TarImages([path])
+        path.write_bytes(whole[:header])
+        with pytest.raises(ImageError, match=r"a\.tar: no readable tar file \(cut off after 2 images"):
+            TarImages([path])
         path.write_bytes(whole[:header] + b"?" * tarfile.BLOCKSIZE + whole[header + tarfile.BLOCKSIZE :])
         with pytest.raises(ImageError, match="damaged at byte"):
             TarImages([path])

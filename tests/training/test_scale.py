@@ -1,10 +1,12 @@
 """Training on several processes, in half precision, with recomputed stages, and after power cuts."""
 
 import copy
+import errno
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bcoskit._files import whole_file
 from bcoskit.data import open_dataset
 from bcoskit.models import create_model
 from bcoskit.nn import BatchNorm
@@ -61,12 +64,15 @@ def start(data, out, *options):
 
 def test_two_processes_train_what_one_trains(data, tmp_path):
     options = ["--epochs", "1", "--optimization.optimizer", "sgd", "--learning_rate", "1e-3"]
+    data = shutil.copytree(data, tmp_path / "data")
+    (data / "test" / "red" / "0.png").unlink()  # an odd number is shared out unevenly
     both = start(data, tmp_path / "two", *options, "--hardware.devices", "2", "--hardware.accelerator", "cpu")
-    train(data, out=tmp_path / "one", optimization=SGD, learning_rate=1e-3, **PLAIN)
+    figures = train(data, out=tmp_path / "one", optimization=SGD, learning_rate=1e-3, **PLAIN)
     train(data, out=tmp_path / "half", optimization=SGD, learning_rate=1e-3, **PLAIN | {"batch_size": 4})
     said, _ = both.communicate()
     assert both.returncode == 0, said.decode()
-    assert said.decode().count("test_loss: ") == 1
+    (line,) = [line for line in said.decode().splitlines() if line.startswith("test_loss: ")]
+    assert float(line.removeprefix("test_loss: ")) == pytest.approx(figures["test_loss"], abs=1e-4)
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
     assert largest_difference(tmp_path / "half", tmp_path / "one") > 1e-3
 
@@ -176,6 +182,19 @@ def test_recomputed_stages_are_not_kept(data):
     assert kept() == usual
 
 
+def test_recomputed_stages_of_a_network_that_is_converted(data, tmp_path):
+    start = {"from_": "resnet20.standard_cifar10", "weights": "fresh", "gradual": 0.5, "learning_rate": 1e-3}
+    for recompute in (False, True):
+        hardware = Hardware("cpu", recompute=recompute)
+        train(data, out=tmp_path / str(recompute), **PLAIN | start | {"hardware": hardware, "epochs": 2})
+    assert largest_difference(tmp_path / "True", tmp_path / "False") < 1e-5
+
+
+def test_half_precision_of_16_bits_needs_a_gpu(data, tmp_path):
+    with pytest.raises(ValueError, match=r"`precision` \(='16'\) needs a GPU: take 'bf16'"):
+        train(data, out=tmp_path / "run", **PLAIN | {"hardware": Hardware("cpu", precision="16")})
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_process_that_is_killed(data, tmp_path):
     train(data, out=tmp_path / "whole", **PLAIN | {"epochs": 4})
@@ -192,6 +211,17 @@ def test_a_process_that_is_killed(data, tmp_path):
     assert [file.name for file in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_a_full_disk_that_nobody_names(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    break_off(monkeypatch, 1, error=lambda _: OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match=r"No space left on device\); the last checkpoint stays, `resume`") as caught:
+        train(data, out=out, **PLAIN | {"epochs": 2})
+    assert caught.value.filename == str(out)
+    with pytest.raises(OSError, match="No space left on device") as caught, whole_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "file")
+
+
 def test_a_full_disk(data, tmp_path):
     out = tmp_path / "run"
     train(data, out=out, **PLAIN | {"epochs": 1})
@@ -203,6 +233,7 @@ def test_a_full_disk(data, tmp_path):
     try:
         with pytest.raises(OSError, match=r"last\.ckpt: the checkpoint cannot be written") as caught:
             train(data, out=tmp_path / "other", **PLAIN)
+        assert "(File too large)" in str(caught.value)
         assert "resume" not in str(caught.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -56,7 +56,7 @@ def refused(error, *arguments, **keywords):
 
 
 def test_the_loss_of_short_epochs_is_logged(data, tmp_path):
-    run(data, tmp_path / "run", epochs=3, batch_size=4, optimization=Optimization(accumulate=2))
+    run(str(data), str(tmp_path / "run"), epochs=3, batch_size=4, optimization=Optimization(accumulate=2))
     assert len(metrics(tmp_path / "run", "train_loss")) == 3
 
 
@@ -233,7 +233,9 @@ class TestReproducibility:
 
     def test_resuming_a_finished_run_measures_it(self, copied, finished, data):
         (copied / "model.safetensors").unlink()
+        logs = sorted(copied.glob("csv/*/metrics.csv"))
         figures = run(data, copied, epochs=3, resume=True)
+        assert sorted(copied.glob("csv/*/metrics.csv")) == logs
         assert figures == pytest.approx(finished[1])
         assert same_weights(copied, finished[0])
 
@@ -286,6 +288,16 @@ class TestRefusals:
             assert message.startswith("`batch_size` (=7) must be even for mixup and cutmix")
         assert not out.exists()
 
+    def test_kinds(self, data, tmp_path):
+        for arguments in ({"optimization": None}, {"loss": "bce"}, {"hardware": {}}, {"model": None}):
+            (name,) = arguments
+            assert refused(TypeError, data, tmp_path / "run", **arguments).startswith(f"`{name}` (=")
+
+    def test_a_warm_up_without_end(self, data, tmp_path):
+        message = refused(ValueError, data, tmp_path / "run", optimization=Optimization(warmup_epochs=3), epochs=3)
+        assert message.startswith("`warmup_epochs` (=3) must be below `epochs` (=3)")
+        assert not (tmp_path / "run").exists()
+
     def test_data(self, data, tmp_path):
         out = tmp_path / "run"
         assert "no such file or folder" in refused(ImageError, tmp_path / "absent", out)
@@ -296,7 +308,9 @@ class TestRefusals:
         assert "holds no test images" in refused(ImageError, empty, out, batch_size=1)
         write_images(empty, "test", 1, {"blue": (30, 30, 200), "red": COLORS["red"]})
         message = refused(ValueError, empty, out, batch_size=1)
-        assert message == f"`data` (={empty}) has other classes for testing than for training"
+        assert (
+            message == f"`data` (={empty}) has other classes for testing than for training: 'blue' is in one split only"
+        )
         (empty / "train" / "red" / "0.png").write_bytes(b"no image")
         assert "0.png: is no image" in refused(ImageError, empty, out, batch_size=1)
         assert not out.exists()
@@ -398,6 +412,25 @@ class TestRefusals:
             assert "is no intact checkpoint" in refused(ValueError, data, copied, epochs=3, resume=True)
         torch.save({"state_dict": {}}, path)
         assert "is no checkpoint of a training run" in refused(ValueError, data, copied, epochs=3, resume=True)
+        path.write_bytes(whole)
+        intact = torch.load(path, weights_only=True)
+        for part, value in {
+            "optimizer_states": [],
+            "lr_schedulers": [],
+            "loops": None,
+            "global_step": "3",
+            "epoch": None,
+            "pytorch-lightning_version": None,
+        }.items():
+            torch.save(intact | {part: value}, path)
+            assert "is no checkpoint of a training run" in refused(ValueError, data, copied, epochs=3, resume=True)
+        first, *others = intact["state_dict"].items()
+        for weights in (others, [*others, (first[0], first[1][:1])], [first, *others, ("more", first[1])]):
+            torch.save(intact | {"state_dict": dict(weights)}, path)
+            message = refused(ValueError, data, copied, epochs=3, resume=True)
+            assert message.startswith(
+                f"{path}: does not fit the network, {'more' if weights[0] is first else first[0]!r}"
+            )
         assert not (tmp_path / "exploded").exists()
         path.write_bytes(whole)
         run(data, copied, epochs=3, resume=True)
@@ -616,10 +649,23 @@ class TestCommandLine:
 
     def test_bad_recipes(self, data, tmp_path, capsys):
         recipe = tmp_path / "recipe.yaml"
-        for text in ("epochs: many\n", "speed: 3\n", "epochs: [1\n", "- 3\n"):
-            recipe.write_text(text)
+        for text, said in {
+            "epochs: many\n": "epochs",
+            "speed: 3\n": "speed",
+            "epochs: [1\n": "parsing config",
+            "- 3\n": "",
+            "": "recipe.yaml",
+            "\xff": "recipe.yaml",
+            "loss: null\n": "`loss`",
+            "optimization: [1, 2]\n": "`optimization`",
+            "epochs: 1\nmodel:\n": "`model`",
+        }.items():
+            recipe.write_bytes(text.encode("latin-1"))
             assert cli.main(["train", "--config", str(recipe), f"--data={data}", f"--out={tmp_path / 'run'}"]) == 2
-            assert capsys.readouterr().err.count("\n") == 1
+            printed = capsys.readouterr().err
+            assert printed.count("\n") == 1
+            assert said in printed
+            assert "0x" not in printed
         assert not (tmp_path / "run").exists()
 
     def test_divergence(self, data, tmp_path, capsys):

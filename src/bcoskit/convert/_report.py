@@ -17,8 +17,8 @@ class ConvertedModule:
         path: Where it is.
         kind: Its class, as it was.
         outcome: `"replaced"`, `"changed"` (a part of it), `"kept"` (known to need nothing), `"skipped"` (by request),
-            `"bypassed"` (converted, but the network uses its weight and does not call it: it stays linear), or
-            `"left"` (holds weights and no rule knows it).
+            `"bypassed"` (the network uses its weight without or beside its calls, and stays linear there), or `"left"`
+            (holds weights and no rule knows it).
         detail: What it is now, or why.
     """
 

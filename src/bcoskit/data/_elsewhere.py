@@ -12,6 +12,7 @@ from bcoskit.data._images import ImageError, ImageSource
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
 from bcoskit.data._parquet import SPLITS
 
+_ALSO: dict[str, tuple[str, ...]] = {"train": ("trainval", "train-standard"), "test": ()}
 _NAMED = ("label", "labels", "target", "class")
 _LABELS = ("targets", "labels", "_labels", "_samples")
 
@@ -41,7 +42,7 @@ def torchvision_images(
     if "train" in parameters:
         choices: Sequence[dict[str, Any]] = ({"train": split == "train"},)
     elif "split" in parameters:
-        choices = [{"split": word} for word in SPLITS[split]]
+        choices = [{"split": word} for word in (*SPLITS[split], *_ALSO[split])]
     else:
         raise ImageError(f"the dataset {name!r} of torchvision has no splits")
     dataset = _first_that_opens(lambda choice: kind(root, **options, **choice), choices, f"torchvision:{name}", root)
@@ -131,12 +132,16 @@ class _Encoded:
 
 def _first_that_opens(load: Callable[[Any], Any], choices: Sequence[Any], title: str, root: Path | None) -> Any:
     reasons: list[str] = []
+    lacking = True
     for choice in choices:
         try:
             return load(choice)
         except Exception as error:  # networks, files and scripts of others have failures of every kind
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
-            if not isinstance(error, (ValueError, KeyError)):  # which say that there is no such split
+            lacking = isinstance(error, (ValueError, KeyError))  # which say that there is no such split
+            if not lacking:
                 break
+    if len(reasons) == len(choices) and lacking:
+        raise ImageError(f"{title}: has no such split: {reasons[0]}")
     where = "" if root is None else f" in {root} (`download` gets it if torchvision can)"
-    raise ImageError(f"{title}: cannot be opened{where}: {reasons[0]}")
+    raise ImageError(f"{title}: cannot be opened{where}: {reasons[-1]}")

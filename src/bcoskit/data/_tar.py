@@ -104,11 +104,14 @@ def _samples(path: Path) -> Iterator[tuple[_Place, list[int]]]:
                     content = archive.extractfile(member)
                     assert content is not None
                     label[key] = [_index(word) for word in content.read().split()]
-            # At a damaged header `tarfile` stops as at the end of the archive, which is empty or zeros.
+            # At a damaged header, and where a file breaks off, `tarfile` stops as at the zeros of an archive's end.
             assert archive.fileobj is not None
             archive.fileobj.seek(archive.offset)
-            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if any(end):
                 raise tarfile.ReadError(f"damaged at byte {archive.offset}")
+            if len(end) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"cut off after {len(image)} images, the end of the archive is missing")
     except (OSError, tarfile.TarError) as error:
         raise ImageError(f"{path}: no readable tar file ({error})") from error
     except ValueError as error:

@@ -22,7 +22,7 @@ from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
 from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seeded
-from bcoskit.training._options import Hardware, Loading, check_whole
+from bcoskit.training._options import Hardware, Loading, check_kinds, check_whole
 from bcoskit.training._run import Conversion, as_network, conversion, given
 from bcoskit.training._start import row_before, weights_of
 
@@ -181,9 +181,9 @@ def augmentation(size: int) -> Any:
 
 
 def align(
-    data: Path,
+    data: str | Path,
     *,
-    out: Path,
+    out: str | Path,
     teacher: str,
     weights: str | None = None,
     convert: Conversion = "bcosification",
@@ -240,6 +240,8 @@ def align(
         ConnectionError: If weights cannot be downloaded.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
+    data, out = Path(data), Path(out)
+    check_kinds(teacher=(teacher, str), hardware=(hardware, Hardware))
     weights = weights_of(teacher, weights, "pretrained")
     start = False if weights == teacher else given(weights)
     row = row_before(teacher, start)

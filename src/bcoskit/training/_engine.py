@@ -14,10 +14,18 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.accelerators.cpu import CPUAccelerator
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from bcoskit._files import whole_file
@@ -80,6 +88,7 @@ def fit(
 
     Raises:
         ValueError: If the batch cannot be shared out to the processes, or there are no such devices.
+        OSError: If the folder cannot be written to, such as on a full disk.
     """
     hardware, loading = machinery.hardware, machinery.loading
     steps = len(train_images) // batch_size
@@ -97,12 +106,19 @@ def fit(
             measured = trainer.callback_metrics
             # Of a run that had reached its last epoch before, or has not measured after it.
             if not measured or epochs % measure_every:
+                if not data.has_trained:
+                    trainer.loggers = []  # they have these figures
                 measured = trainer.validate(learner, datamodule=data, verbose=False)[0]
             learner.collect()
             if resumed and learner.optimization.ema is not None and not data.has_trained:
                 # What the callback puts into the network in the end of a run, and not in one that had ended before.
                 average = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True)["state_dict"]
                 learner.load_state_dict(average)
+        except OSError as error:
+            if error.strerror is None or error.filename is not None:
+                raise
+            kept = "; the last checkpoint stays, `resume` goes on from there" if (out / CHECKPOINT).exists() else ""
+            raise OSError(error.errno, f"cannot be written to ({error.strerror}){kept}", str(out)) from error
         finally:
             learner.release()
     return {name: float(value) for name, value in measured.items() if name.startswith("test_")}
@@ -231,8 +247,10 @@ def _trainer(
         strategy = ModelParallelStrategy(devices * hardware.nodes, 1, save_distributed_checkpoint=False)
     elif learner.fine_tuning.frozen_epochs is not None and (hardware.devices, hardware.nodes) != (1, 1):
         strategy = "ddp_find_unused_parameters_true"  # of layers that are frozen at first
+    console = Console(stderr=True)
+    shown = console.is_terminal or console.is_jupyter
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             accelerator=hardware.accelerator,
             devices=hardware.devices,
             num_nodes=hardware.nodes,
@@ -251,7 +269,9 @@ def _trainer(
                 LearningRateMonitor("epoch"),
                 *callbacks,  # first, since they are to look at the average
                 *averages,
+                *([RichProgressBar(console_kwargs={"stderr": True})] if shown else []),
             ],
+            enable_progress_bar=shown,
             inference_mode=False,  # in which nothing can be explained
             log_every_n_steps=min(50, -(-steps // optimization.accumulate)),  # of the optimiser
             num_sanity_val_steps=0,
@@ -260,6 +280,9 @@ def _trainer(
         )
     except (MisconfigurationException, RuntimeError, ImportError) as error:
         raise ValueError(f"`hardware` (={hardware}) is not to be had: {' '.join(str(error).split())}") from error
+    if hardware.precision == "16" and isinstance(trainer.accelerator, CPUAccelerator):
+        raise ValueError("`precision` (='16') needs a GPU: take 'bf16'")
+    return trainer
 
 
 def _wandb(project: str, out: Path) -> Logger:
@@ -286,9 +309,18 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            reason = _of_the_system(error) or " ".join(str(error).split())
             kept = "; the one before it stays, `resume` goes on from there" if path.exists() else ""
             raise OSError(f"{path}: the checkpoint cannot be written ({reason}){kept}") from error
+
+
+def _of_the_system(error: BaseException | None) -> str | None:
+    """What the operating system said first, such as that a disk is full; torch hides it behind an error of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror is not None:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
@@ -302,6 +334,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "The dirpath has changed")
         warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer`")  # there is only one
         warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")  # weights are not shared out
+        warnings.filterwarnings("ignore", ".* but AMP with fp16 is not supported on CPU")  # that is refused
         # Lightning 2.6 with torch 2.14
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")
         for logger in loggers:

@@ -38,10 +38,10 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
         if (out / MODEL).exists():
             raise ValueError(f"`out` (={str(out)!r}) holds a trained model, and no checkpoint; choose another folder")
         return {}
-    parts = _parts_of(checkpoint)
-    if not parts:
+    content = _content_of(checkpoint)
+    if content is None:
         raise ValueError(f"{checkpoint}: is no intact checkpoint, the run cannot be resumed")
-    if not parts >= {"state_dict", "optimizer_states", "lr_schedulers", "loops"}:
+    if not _is_of_a_run(content):
         raise ValueError(f"{checkpoint}: is no checkpoint of a training run")
     try:
         before = json.loads(settings.read_text())
@@ -52,15 +52,25 @@ def settings_before(out: Path, resume: bool) -> dict[str, Any]:
     return before
 
 
-def _parts_of(checkpoint: Path) -> set[str]:
-    """The names of what a checkpoint holds; empty if it is damaged, or none."""
+def _content_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds; None if it is damaged, or none."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             if archive.testzip() is not None:  # torch does not compare the sums that it writes
-                return set()
-        return set(torch.load(checkpoint, map_location="cpu", weights_only=True).keys())
+                return None
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # damaged files are answered with nearly every kind of exception
-        return set()
+        return None
+    return content if isinstance(content, dict) and content else None
+
+
+def _is_of_a_run(content: dict[str, Any]) -> bool:
+    """Whether there is all that a run needs to go on as if it had never stopped; Lightning takes what there is."""
+    expected = {"epoch": int, "global_step": int, "pytorch-lightning_version": str, "state_dict": dict, "loops": dict}
+    if not all(isinstance(content.get(key), kind) for key, kind in expected.items()):
+        return False
+    of_one = (content.get("optimizer_states"), content.get("lr_schedulers"))
+    return all(isinstance(each, list) and len(each) == 1 for each in of_one) and "fit_loop" in content["loops"]
 
 
 def data_digest(images: InMemoryImages | StreamedImages) -> str:

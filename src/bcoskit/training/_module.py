@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy, MultilabelAveragePrecision
 
 from bcoskit.convert import GradualConversion
@@ -80,6 +81,7 @@ class Learner(lightning.LightningModule):
         self._exponents = [layer.b for layer in layers if isinstance(layer.b, Tensor) and layer.b.requires_grad]
         self._steps = 0
         self._part = (0, 1)
+        self._recompute = False
         self.repeats = 1
         self._unreadable: Callable[[str], object] | None = None
 
@@ -95,6 +97,7 @@ class Learner(lightning.LightningModule):
             hardware: What it is computed with.
         """
         self._steps, self._part, self._unreadable = steps, part, unreadable
+        self._recompute = hardware.recompute
         for norm in self._norms:
             norm.synchronized = part[1] > 1
         if hardware.recompute:
@@ -229,8 +232,19 @@ class Learner(lightning.LightningModule):
         self.move(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring a gradual conversion to where it was, before the weights come."""
-        self.move(int(checkpoint["global_step"]))
+        """Bring a gradual conversion to where it was, before the weights come.
+
+        Raises:
+            ValueError: If these are not those of the network.
+        """
+        self.move(checkpoint["global_step"])
+        expected, found = self.state_dict(), checkpoint["state_dict"]
+        for name in (*expected, *found):
+            if getattr(expected.get(name), "shape", None) != getattr(found.get(name), "shape", None):
+                raise ValueError(
+                    f"{self.trainer.ckpt_path}: does not fit the network, {name!r} is missing, unknown or of another "
+                    "shape"
+                )
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss itself.
@@ -250,10 +264,13 @@ class Learner(lightning.LightningModule):
         if self._gradual is None:
             return
         progress = min(step / (self._gradual_part * self._steps), 1.0)
-        if progress == 1:
-            self._gradual.finish()
-        else:
+        if progress < 1:
             self._gradual.set(progress)
+        elif self._gradual.progress < 1:
+            keep_stages(self.model)  # the modules are walked in step with those of the network that it becomes
+            self._gradual.finish()
+            if self._recompute:
+                recompute_stages(self.model)
 
 
 class Classifier(Learner):
@@ -290,6 +307,7 @@ class Classifier(Learner):
         self.repeats = augmentation.repeats
         # In a list, so that the network is not registered, and saved, a second time.
         self._for_training = [torch.compile(model) if compile_step else model]
+        self.mean_loss = MeanMetric()
         self.precision: MultilabelAveragePrecision | None = None
         if multi_label:
             self.accuracy: Any = MultilabelAccuracy(num_classes, average="micro")
@@ -333,7 +351,9 @@ class Classifier(Learner):
         scores = logits if self.precision is None else logits.float().sigmoid()
         self.accuracy(scores, classes)
         loss = self.checked(classification_loss(logits, labels, Loss(self.loss.kind)))
-        self.log("test_loss", loss, batch_size=len(labels), sync_dist=True)
+        # By the number of images, which Lightning would round to whole ones for each process.
+        self.mean_loss(loss, len(labels))
+        self.log("test_loss", self.mean_loss, on_step=False, on_epoch=True)
         self.log("test_accuracy", self.accuracy, prog_bar=True, on_step=False, on_epoch=True)
         if self.precision is not None:
             self.precision(scores, classes)

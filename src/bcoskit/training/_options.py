@@ -29,6 +29,13 @@ def check_switches(options: object, *names: str) -> None:
             raise ValueError(f"`{name}` (={value!r}) must be True or False")  # noqa: TRY004
 
 
+def check_kinds(**options: tuple[object, type]) -> None:
+    """Raise a `TypeError` for the first of these that is of another class than it must be."""
+    for name, (value, kind) in options.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"`{name}` (={value!r}) must be a {kind.__name__}")
+
+
 def check_used(options: Any, needed: dict[str, tuple[bool, str]]) -> None:
     """Raise a `ValueError` for a changed value that has no effect, with what it would need."""
     usual = {field.name: field.default for field in fields(options)}
@@ -102,6 +109,8 @@ class Optimization:
         check("clip_at", self.clip_at, 1e-12)
         if self.ema is not None:
             check("ema", self.ema, 0, 1)
+            if self.ema == 1:
+                raise ValueError("`ema` (=1) must be below 1: the average would stay what it is at first")
         cosine = self.schedule in ("cosine", "quarter_cosine")
         needed = {
             "momentum": (self.optimizer == "sgd", "`optimizer` 'sgd'"),

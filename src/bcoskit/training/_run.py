@@ -25,7 +25,7 @@ from bcoskit.training._folder import (
 )
 from bcoskit.training._loading import Images, Unreadable, open_images
 from bcoskit.training._module import Classifier
-from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization, check_whole
+from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization, check_kinds, check_whole
 from bcoskit.training._start import begin, row_before, shown, weights_of
 from bcoskit.training._watch import Watch
 
@@ -38,7 +38,7 @@ Conversion: TypeAlias = Literal["bcosification", "v2", "v1", "none"]
 def train(
     data: str | Path | None = None,
     *,
-    out: Path,
+    out: str | Path,
     model: str = "resnet20.bcos_cifar10",
     from_: str | None = None,
     weights: str | None = None,
@@ -46,6 +46,7 @@ def train(
     channels: Literal[1, 3] | None = None,
     convert: Conversion = "bcosification",
     b: float | None = None,
+    max_out: int | None = None,
     learnable_b: bool = False,
     gradual: float = 0.0,
     epochs: int = 100,
@@ -93,6 +94,8 @@ def train(
             fresh, or timm's; without it grey images are shown to a network for colour as colour.
         convert: The preset by which `from_` is converted, or "none" to fine-tune the ordinary network.
         b: Exponent of the converted network; that of the preset if None.
+        max_out: Filters that compete for each output of the converted network, copies of one at first; that of the
+            preset if None.
         learnable_b: Whether every layer of the converted network learns its exponent.
         gradual: Part of the training, from 0 to 1, in which exponents and biases of the converted network move from
             those of the ordinary one; with 0 they do at once.
@@ -123,10 +126,20 @@ def train(
             one, or one that is not to be resumed.
         ImageError: If more images cannot be read than are allowed.
         ConnectionError: If weights cannot be downloaded.
-        OSError: If a checkpoint cannot be written; the one before it stays.
+        TypeError: If a group of options is none.
+        OSError: If a checkpoint, or something else in `out`, cannot be written; the checkpoint before it stays.
         RuntimeError: If the loss is not finite; the last checkpoint is from before.
     """
-    name = model if from_ is None else from_
+    name, out = model if from_ is None else from_, Path(out)
+    check_kinds(
+        model=(name, str),
+        optimization=(optimization, Optimization),
+        loss=(loss, Loss),
+        augmentation=(augmentation, Augmentation),
+        fine_tuning=(fine_tuning, FineTuning),
+        loading=(loading, Loading),
+        hardware=(hardware, Hardware),
+    )
     weights = weights_of(name, weights, "fresh" if from_ is None else "pretrained")
     start = False if weights == name else given(weights)
     row = shown(row_before(name, start), size, channels)
@@ -150,8 +163,11 @@ def train(
         "seed": seed,
     }
     check_ranges(epochs, batch_size, learning_rate, seed)
-    config, converting = _converting(from_, convert, b, learnable_b, gradual)
+    config, converting = _converting(from_, convert, b, max_out, learnable_b, gradual)
     settings |= converting
+    if optimization.warmup_epochs >= epochs:
+        warmup = f"`warmup_epochs` (={optimization.warmup_epochs})"
+        raise ValueError(f"{warmup} must be below `epochs` (={epochs}): the learning rate would never be reached")
     check_frozen(fine_tuning, weights, gradual)
     _check_together(hardware, optimization, gradual, learnable_b, watch_every, checkpoint_every)
     if augmentation.lighting and row.transform.channels != 3:
@@ -224,13 +240,13 @@ def train(
 
 
 def _converting(
-    from_: str | None, convert: Conversion, b: float | None, learnable_b: bool, gradual: float
+    from_: str | None, convert: Conversion, b: float | None, max_out: int | None, learnable_b: bool, gradual: float
 ) -> tuple[BcosConfig | None, dict[str, Any]]:
     """What becomes of an ordinary network, and the settings that say so."""
-    settings = {"convert": convert, "b": b, "learnable_b": learnable_b, "gradual": gradual}
+    settings = {"convert": convert, "b": b, "max_out": max_out, "learnable_b": learnable_b, "gradual": gradual}
     if from_ is not None:
-        return conversion(convert, b, learnable_b, gradual), settings
-    usual = ("bcosification", None, False, 0.0)
+        return conversion(convert, b, learnable_b, gradual, max_out), settings
+    usual = ("bcosification", None, None, False, 0.0)
     for (name, value), default in zip(settings.items(), usual, strict=True):
         if value != default:
             raise ValueError(f"`{name}` (={value}) is for a network that is converted: give `from_` as well")
@@ -268,7 +284,9 @@ def _check_images(
 ) -> None:
     """Whether they go together, and with how they are trained on."""
     if test_images.classes != train_images.classes:
-        raise ValueError(f"`data` (={data}) has other classes for testing than for training")
+        apart = set(train_images.classes) ^ set(test_images.classes)
+        what = f"{min(apart)!r} is in one split only" if apart else "their order differs"
+        raise ValueError(f"`data` (={data}) has other classes for testing than for training: {what}")
     if train_images.multi_label != test_images.multi_label:
         raise ValueError(f"`data` (={data}) has images of several classes in one split only")
     if len(train_images.classes) == 1 and not train_images.multi_label:
@@ -307,19 +325,26 @@ def given(weights: str) -> bool | str:
     return {"pretrained": True, "fresh": False}.get(weights, weights)
 
 
-def conversion(name: Conversion, b: float | None, learnable_b: bool, gradual: float) -> BcosConfig | None:
+def conversion(
+    name: Conversion, b: float | None, learnable_b: bool, gradual: float, max_out: int | None = None
+) -> BcosConfig | None:
     """What an ordinary network is to become, None if it stays one."""
     if not 0 <= gradual <= 1:
         raise ValueError(f"`gradual` (={gradual}) must be a part of the training, from 0 to 1")
     if name == "none":
-        if b is not None or learnable_b or gradual:
-            given = "b" if b is not None else "learnable_b" if learnable_b else "gradual"
+        wanted = {"b": b is not None, "max_out": max_out is not None, "learnable_b": learnable_b, "gradual": gradual}
+        for given in (option for option, value in wanted.items() if value):
             raise ValueError(f"`{given}` needs a network that is converted, and `convert` is 'none'")
         return None
     if learnable_b and gradual:
         raise ValueError(f"`gradual` (={gradual}) moves the exponents, which cannot be learnt then (`learnable_b`)")
     config = BcosConfig.preset(name)
-    return replace(config, b=config.b if b is None else b, learnable_b=learnable_b)
+    return replace(
+        config,
+        b=config.b if b is None else b,
+        max_out=config.max_out if max_out is None else max_out,
+        learnable_b=learnable_b,
+    )
 
 
 def as_network(network: nn.Module, name: str | None) -> Network:
