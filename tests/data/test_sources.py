@@ -222,6 +222,23 @@ class TestTorchvision:
             open_dataset("torchvision:Shades", "test")
         assert len(open_dataset("torchvision:Shades", "test", download=True)) == 2
 
+    @pytest.mark.parametrize("known", ["trainval", "train-standard"])
+    def test_other_names_of_the_split(self, known, monkeypatch):
+        class Split(torchvision.datasets.VisionDataset):
+            classes, targets = ("dark", "light"), (0, 1)
+
+            def __init__(self, root, split=known, download=False):
+                if split != known:
+                    raise ValueError(f"Unknown value {split!r}")
+
+            def __len__(self):
+                return 2
+
+        monkeypatch.setattr(torchvision.datasets, "Split", Split, raising=False)
+        assert len(open_dataset("torchvision:Split", "train")) == 2
+        with pytest.raises(ImageError, match=r"torchvision:Split: has no such split: Unknown value 'test'$"):
+            open_dataset("torchvision:Split", "test")
+
     @pytest.mark.parametrize("name", ["Nothing", "ImageFolder", "os"])
     def test_what_is_no_dataset_with_splits(self, name):
         with pytest.raises(ImageError, match=name):

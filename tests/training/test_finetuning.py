@@ -12,6 +12,7 @@ from bcoskit import cli
 from bcoskit.convert import BcosConfig, bcosify
 from bcoskit.data import ImageError
 from bcoskit.models import create_model, save_model
+from bcoskit.nn import BcosConv2d
 from bcoskit.training import Hardware, Optimization, align, train
 from bcoskit.training._align import Aligner, _splits, alignment_loss, augmentation
 from bcoskit.training._augment import one_by_one
@@ -72,6 +73,15 @@ class TestFineTuning:
         exponents = torch.stack([value for name, value in state.items() if name.endswith(".b")])
         assert bool((exponents >= 1).all())
         assert bool((exponents == 1).any())
+
+    @pytest.mark.parametrize("gradual", [0.0, 0.5])
+    def test_filters_that_compete(self, data, tmp_path, weights, gradual):
+        tune(data, tmp_path / "run", weights, max_out=2, gradual=gradual, learning_rate=1e-3)
+        network = create_model(tmp_path / "run" / "model.safetensors")
+        layers = [module for module in network.modules() if isinstance(module, BcosConv2d)]
+        assert {layer.max_out for layer in layers} == {2}
+        first, second = layers[-1].weight.detach().unflatten(0, (-1, 2)).unbind(1)
+        assert not torch.allclose(first, second)  # copies of one at first
 
     def test_it_begins_with_the_weights(self, data, tmp_path, weights):
         tune(data, tmp_path / "run", weights, learning_rate=1e-12, epochs=1)
@@ -138,6 +148,9 @@ class TestFineTuning:
             ({"optimization": Optimization(ema=0.9, ema_every=9)}, "`ema_every`"),
             ({"convert": "none", "b": 2.0}, "`b`"),
             ({"convert": "none", "gradual": 0.5}, "`gradual`"),
+            ({"convert": "none", "max_out": 2}, "`max_out`"),
+            ({"from_": None, "weights": "pretrained", "max_out": 2}, "`from_`"),
+            ({"max_out": 0}, "`max_out`"),
         ],
     )
     def test_what_cannot_be(self, data, tmp_path, weights, arguments, message):
