@@ -306,7 +306,7 @@ def explain(
         if chosen is None:  # positions; a function is asked for those of the whole batch, and not of each sample
             chosen = target(found.output.detach().clone()) if callable(target) else target
         completed = shares_of(model, x, chosen, found.others, layers, products)
-        check_independence(found.output, completed.output)
+        check_independence(task, found.output, completed.output)
         constants = completed.table
         if weights is None:
             whole, weights = completed, completed.weights
