@@ -113,6 +113,7 @@ def check_independence(task: Task, together: Tensor, alone: Tensor) -> None:
     Raises:
         ValueError: If they are not.
     """
+    together, alone = together.detach(), alone.detach()
     difference = (together - alone).abs().reshape(len(alone), -1).amax(1)
     worst = int(difference.argmax())
     bound = float(100 * torch.finfo(together.dtype).eps ** 0.5 * alone.abs().max())
