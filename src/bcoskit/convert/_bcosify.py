@@ -1,7 +1,7 @@
 """`bcosify`: an ordinary network becomes a B-cos network, module by module, and keeps its weights."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -274,22 +274,18 @@ def _with_bypassed(
             "`model` calls none of the modules that were converted: its forward pass uses their weights, or holds them "
             "in a plain list, where `nn.ModuleList` is to be used"
         )
-    by_path = {path.removeprefix(above): path for path in layers | set(uses.found)}
-    return [_seen_in_use(note, by_path.get(note.path), called, uses.found) for note in notes]
+    tables = {path for path, module in network.named_modules() if isinstance(module, nn.Embedding)}
+    as_layers = {path for path in tables if not _TRANSFORMS.isdisjoint(uses.found.get(path, ()))}
+    used = (layers & set(uses.found)) | as_layers
+    by_path = {path.removeprefix(above): path for path in layers | as_layers}
+    return [_seen_in_use(note, by_path.get(note.path), called, used) for note in notes]
 
 
-def _seen_in_use(
-    note: ConvertedModule, path: str | None, called: frozenset[str], uses: Mapping[str, set[str]]
-) -> ConvertedModule:
+def _seen_in_use(note: ConvertedModule, path: str | None, called: Set[str], used: Set[str]) -> ConvertedModule:
     """What a report says of a module, after a look at who uses its weight."""
-    functions = sorted(uses.get(path or "", ()))
-    if note.outcome == "replaced" and path is not None and functions:
-        detail = "stays linear: the network uses its weight without a call"
-        if path in called:
-            detail = "stays linear where the network uses its weight by itself"
-        return replace(note, outcome="bypassed", detail=detail)
-    if note.outcome == "replaced" and path is not None and path not in called:
+    if path in used and note.outcome in ("replaced", "kept"):
+        way = "beside its calls" if path in called else "without a call"
+        return replace(note, outcome="bypassed", detail=f"stays linear: the network uses its weight {way}")
+    if path is not None and path not in called and note.outcome == "replaced":
         return replace(note, detail=f"{note.detail}, not called in evaluation mode")
-    if note.outcome == "kept" and not _TRANSFORMS.isdisjoint(functions):
-        return replace(note, outcome="bypassed", detail="stays linear: the network uses its weight as that of a layer")
     return note
