@@ -29,6 +29,17 @@ def audited(forward):
 TABLE = torch.rand(4, 4)
 
 
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - ctx.saved_tensors[0].square())
+
+
 def written(buffer, values):
     buffer[:, :2] = values[:, :2]
     return buffer
@@ -157,6 +168,14 @@ def test_samples_that_depend_on_each_other(forward, operation, samples):
     assert operation in offender.operation
     assert offender.location.startswith("test_audit.py:")
     assert "statistic" in offender.suggestion
+
+
+def test_a_function_of_autograd_between_modules():
+    report = audited(lambda linear, x: linear(Tanh.apply(linear(x))))
+    (offender,) = report.offenders
+    assert (offender.node, offender.module) == ("Tanh", "")
+    assert "before Linear.forward" in offender.operation
+    assert offender.location.startswith("test_audit.py:")
 
 
 def test_samples_that_depend_on_each_other_have_no_shares():

@@ -211,6 +211,7 @@ def test_audit_names_planted_faults(fault, operation, reason, suggestion):
     assert all(offender.module == "2" for offender in report.offenders)
     assert not any(module._forward_hooks for module in network.modules())
     assert not nn.modules.module._global_forward_hooks
+    assert not nn.modules.module._global_forward_pre_hooks
     # The control: the same network without the fault.
     network[2] = nn.GELU().eval()
     assert bcoskit.audit(network, inputs()).passed

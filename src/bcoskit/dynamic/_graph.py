@@ -224,11 +224,21 @@ class LocatingMode(ExplanationMode):
             if place is not None:  # operations that are no torch functions are noticed here at the latest
                 self._mark(tensors_in(output), lambda _node: Violation("", f"{type(module).__name__}.forward", *place))
 
-        self._hooks.append(torch.nn.modules.module.register_module_forward_hook(note))
+        def arrive(module: nn.Module, inputs: Any) -> None:
+            if threading.get_ident() == thread:  # what is no torch function was called before, outside of this module
+                before = f"what is no torch function, before {type(module).__name__}.forward"
+                self._mark(tensors_in(inputs), lambda _node: Violation("", before, *self._places.here(module)))
+
+        modules = torch.nn.modules.module
+        # One pair for each time that the mode is entered, which it may be inside of itself.
+        self._hooks.append(
+            (modules.register_module_forward_pre_hook(arrive), modules.register_module_forward_hook(note))
+        )
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._hooks.pop().remove()
+        for hook in self._hooks.pop():
+            hook.remove()
         self._derived.clear()
         self._chosen.clear()
         super().__exit__(*exception)

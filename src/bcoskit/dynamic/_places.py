@@ -28,9 +28,13 @@ class Places:
         modules = model.named_modules() if isinstance(model, nn.Module) else ()
         self._paths = {id(module): name for name, module in modules}
 
-    def here(self) -> tuple[str, str]:
-        """`file.py:line` of the nearest caller in the network's code, or in a layer of torch, and the module's path."""
-        location, path, _ = self._nearest()
+    def here(self, called: nn.Module | None = None) -> tuple[str, str]:
+        """`file.py:line` of the nearest caller in the network's code, or in a layer of torch, and the module's path.
+
+        Args:
+            called: A module that has not begun to run yet, whose caller is looked for.
+        """
+        location, path, _ = self._nearest(called)
         return location, path
 
     def of(self, module: nn.Module) -> tuple[str, str] | None:
@@ -48,7 +52,7 @@ class Places:
         kept = [name for name, value in attributes.items() if any(value is number for number in values)]
         return f"{path}.{kept[0]}" if kept else ""
 
-    def _nearest(self) -> tuple[str, str, Any]:
+    def _nearest(self, called: nn.Module | None = None) -> tuple[str, str, Any]:
         location, in_torch, path, module = "", "", None, None
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and (not location or path is None):
@@ -62,6 +66,6 @@ class Places:
                 location = here
             if path is None:
                 module = frame.f_locals.get("self")
-                path = self._paths.get(id(module))
+                path = None if module is called else self._paths.get(id(module))
             frame = frame.f_back
         return location or "?", path or "", module if path is not None else None
