@@ -4,9 +4,10 @@
 
 `--weights`: folder with `resnet20-12fca82f.th` and `resnet56-4bfd9763.th` (Idelbayev, BSD-2). Every run is one of
 `bcoskit train`, in `runs/conversion`; those that are finished are passed over, and one that was cut off goes on. Adds
-them to `docs/results/conversion.*`: JSON, a table, and the curves. Images are CIFAR-10 (JPEG q75), on which the
-pretrained weights, of the original pixels, begin lower. While the conversion is gradual, in the first quarter of its
-epochs, what is measured is a network on its way, with an exponent below 2 and some of its biases.
+them to `docs/results/conversion.*`: JSON, a table, and the curves. MaxOut 2 doubles the filters, each pair of which
+begins as two copies of the pretrained one. Images are CIFAR-10 (JPEG q75), on which the pretrained weights, of the
+original pixels, begin lower. While the conversion is gradual, in the first quarter of its epochs (with MaxOut in the
+first eighth), what is measured is a network on its way, with an exponent below 2 and some of its biases.
 """
 
 import argparse
@@ -32,6 +33,8 @@ def settings(weights: Path) -> dict[str, dict[str, Any]]:
     for depth in FILES:
         common = {"from_": f"resnet{depth}.he_cifar10", "weights": str(weights / FILES[depth]), "epochs": 12}
         runs[f"resnet{depth} converted"] = {**common, "gradual": 0.25, "learning_rate": 2e-3}
+        competing = {"gradual": 0.125, "learning_rate": 2e-3, "max_out": 2}
+        runs[f"resnet{depth} converted, MaxOut 2"] = {**common, **competing}
         runs[f"resnet{depth} ordinary"] = {**common, "convert": "none", "learning_rate": 1e-3}
     runs["resnet20 from scratch"] = {"model": FROM_SCRATCH, "epochs": 60, "learning_rate": 1e-3}
     return runs
