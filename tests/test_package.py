@@ -33,9 +33,9 @@ ONLY_IN = {
 
 # From the bottom to the top: a module imports from its own level and from below.
 LEVELS = [
-    {"data", "viz", "_devices", "_double", "_files", "_fingerprint", "_processes", "_random", "_text"},
+    {"data", "viz", "_devices", "_files", "_fingerprint", "_processes", "_random", "_text"},
     {"dynamic"},
-    {"_passes"},
+    {"_double", "_passes"},
     {"functional"},
     {"nn", "_checks", "_layers", "_targets"},
     {"_fuse", "convert"},

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bcoskit.dynamic._mode import writes
+
 _REINTERPRETING = (Tensor.view,)
 
 
@@ -17,20 +19,16 @@ class DoublePrecision(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
+        keeps = writes(func, keywords) or getattr(func, "__name__", "") in ("__get__", "__set__")
         if func is Tensor.float and args[0].dtype == torch.float64:
             return args[0]
         if func not in _REINTERPRETING:
             # What is written to must stay the tensor that the caller has.
-            target, args = (args[:1], args[1:]) if _writes(func) else ((), args)
+            target, args = (args[:1], args[1:]) if keeps else ((), args)
             args = (*target, *map(_doubled, args))
             keywords = {name: value if name == "out" else _doubled(value) for name, value in keywords.items()}
         output = func(*args, **keywords)
-        return output if _writes(func) or keywords.get("out") is not None else _doubled(output)
-
-
-def _writes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in ("__setitem__", "__set__", "__get__") or (name.endswith("_") and not name.endswith("__"))
+        return output if keeps or keywords.get("out") is not None else _doubled(output)
 
 
 def _doubled(value: Any) -> Any:
