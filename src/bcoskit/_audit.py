@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcoskit._checks import check_inputs, untouched
+from bcoskit._checks import check_initialized, check_inputs, untouched
 from bcoskit._double import DoublePrecision
 from bcoskit._explain import explain
 from bcoskit._layers import in_double_precision, run_between, uncompiled
@@ -98,8 +98,7 @@ def audit(
     if any(isinstance(module, torch.jit.ScriptModule) for module in original.modules()):
         raise ValueError("`model` has a compiled script, whose operations nobody sees: audit what it was made from")
     for path, module in original.named_modules():
-        if any(isinstance(each, nn.parameter.UninitializedParameter) for each in module._parameters.values()):
-            raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
+        check_initialized(path, module)
     layers = (from_layer, to_layer)
     network, inputs = in_double_precision(original), x.double() if x.is_floating_point() else x
     with DoublePrecision():

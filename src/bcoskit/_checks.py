@@ -49,6 +49,12 @@ def check_evaluation_mode(model: nn.Module) -> None:
         raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
 
 
+def check_initialized(path: str, module: nn.Module) -> None:
+    """Refuse a lazy module that has seen no input yet."""
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module._parameters.values()):
+        raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
+
+
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """As `model.modules()` in another order, several times faster, since small networks notice it."""
     seen = {model}

@@ -28,6 +28,7 @@ from bcoskit._explain import Explanation, explain
 from bcoskit._files import whole_file
 from bcoskit._fingerprint import fingerprint
 from bcoskit._processes import share, wait_for_all
+from bcoskit._targets import class_index
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
@@ -101,7 +102,7 @@ def explain_images(
         top = min(_TOP, len(network.classes))
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
-    wanted = None if target is None else network.class_index(target)
+    wanted = None if target is None else class_index(network.classes, target, "target")
 
     made_by = network.fingerprint(target=wanted, top=top, save=save, shares=shares)
     total = len(range(rank, count_images(images, out, processes), processes))
@@ -167,22 +168,6 @@ class _Network:
     def load(cls, name: str, weights: str | None, device: torch.device) -> "_Network":
         model = create_model(name, weights=True if weights is None else weights)
         return cls(model.to(device), model.transform, model.classes, model.loss)
-
-    def class_index(self, target: str) -> int:
-        """The index of a class given by name or index.
-
-        Raises:
-            ValueError: If there is no such class.
-        """
-        if self.classes.count(target) > 1:
-            places = [str(place) for place, name in enumerate(self.classes) if name == target]
-            raise ValueError(f"`target` (={target!r}) names several classes: give one of {', '.join(places)}")
-        if target in self.classes:
-            return self.classes.index(target)
-        if target.isdecimal() and int(target) < len(self.classes):
-            return int(target)
-        listed = ", ".join(self.classes[:20]) + (" …" if len(self.classes) > 20 else "")
-        raise ValueError(f"`target` (={target!r}) is neither a class nor an index below {len(self.classes)}: {listed}")
 
     def fingerprint(self, **options: object) -> str:
         """Of all that decides what a picture shows: weights, layers, transform, classes and options."""

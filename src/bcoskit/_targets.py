@@ -66,6 +66,26 @@ def select(output: Tensor, target: Target, versus: Versus) -> tuple[Tensor, Tens
     return torch.stack([_at(output, position) for position in target], 1), None, None
 
 
+def class_index(classes: Sequence[str], given: str | int, name: str) -> int:
+    """The index of a class that the argument `name` gives by its name or its index.
+
+    Raises:
+        ValueError: If there is no such class, or there are several of that name.
+    """
+    shown = given[:60] if isinstance(given, str) else given
+    places = [place for place, known in enumerate(classes) if known == given]
+    if len(places) > 1:
+        listed = ", ".join(map(str, places))
+        raise ValueError(f"`{name}` (={shown!r}) names several classes: give one of {listed}")
+    if places:
+        return places[0]
+    text = str(given)
+    if text.isascii() and text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    listed = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
+    raise ValueError(f"`{name}` (={shown!r}) is neither a class nor an index below {len(classes)}: {listed}")
+
+
 def _classes(output: Tensor, indices: Any, name: str) -> Tensor:
     """Class indices (N,) or (N, K), checked."""
     samples, count = output.shape

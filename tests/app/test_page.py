@@ -142,8 +142,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"target": "<img src=x onerror=alert(1)>"}, "there is no class '<img src=x onerror=alert(1)>'"),
-            ({"target": "10"}, "there is no class '10'"),
+            (
+                {"target": "<img src=x onerror=alert(1)>"},
+                "(='<img src=x onerror=alert(1)>') is neither a class",
+            ),
+            ({"target": "10"}, "`target` (='10') is neither a class"),
             ({"target": "cat", "versus": "cat"}, "'cat' cannot be explained against itself"),
             ({"data": "exe"}, "`data` (='exe') must be of: none, npz, safetensors"),
         ],

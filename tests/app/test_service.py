@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,18 +108,18 @@ class TestExplain:
                 service.explain(photograph, target, versus)
 
     def test_class_index(self, service):
-        assert [service.class_index(given) for given in (None, "", "cat", "3", 3)] == [None, None, 3, 3, 3]
+        assert [service.class_index(given, "target") for given in (None, "", "cat", "3", 3)] == [None, None, 3, 3, 3]
         for given in ("cats", "10", "-1", "1.0", "٣", True):
-            with pytest.raises(ValueError, match="there is no class"):
-                service.class_index(given)
+            with pytest.raises(ValueError, match=f"`versus` .={re.escape(repr(given))}. is neither a class"):
+                service.class_index(given, "versus")
 
     def test_two_classes_of_one_name(self, model):
         network = copy.deepcopy(model)
         network.classes = ("crane", "tern", "crane", *model.classes[3:])
         service = ExplanationService(network)
-        assert (service.class_index("tern"), service.class_index("2")) == (1, 2)
-        with pytest.raises(ValueError, match="several classes are called 'crane': give an index"):
-            service.class_index("crane")
+        assert (service.class_index("tern", "target"), service.class_index("2", "target")) == (1, 2)
+        with pytest.raises(ValueError, match=r"'crane'. names several classes: give one of 0, 2"):
+            service.class_index("crane", "target")
 
 
 class TestRead:

@@ -344,7 +344,7 @@ def _add_api(service: ExplanationService) -> None:
         """Explain an image: figures, and the whole explanation as base64 of a file if `data` is npz or safetensors."""
         photograph = service.read(image or b"")
         explanation = service.explain(
-            photograph, service.class_index(target), service.class_index(versus), shares=shares
+            photograph, service.class_index(target, "target"), service.class_index(versus, "versus"), shares=shares
         )
         file = None if data == "none" else base64.b64encode(saved(explanation, data)).decode("ascii")
         return {**figures(service, explanation), "data": file}
@@ -353,7 +353,7 @@ def _add_api(service: ExplanationService) -> None:
     def compared(image: bytes | None, target: str, method: str, ordinary: bool) -> dict[str, Any]:
         """Contributions by another method: base64 of little-endian single precision, row by row."""
         photograph = service.read(image or b"")
-        index = service.class_index(target)
+        index = service.class_index(target, "target")
         if index is None:
             raise ValueError("`target` must name a class")
         if method not in ("bcos", *METHODS):  # others take minutes, in which nobody else is answered

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bcoskit._explain import Explanation, explain
+from bcoskit._targets import class_index
 from bcoskit.app._batches import Batcher
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import MAX_PIXELS, pixels
@@ -128,22 +129,13 @@ class ExplanationService:
                 raise ImageError(f"the image cannot be used: {str(error).partition('>: ')[2] or error}") from None
         return Photograph(view, ordinary)
 
-    def class_index(self, name: str | int | None) -> int | None:
-        """The index of a class given by name or index; None for None or an empty name.
+    def class_index(self, given: str | int | None, name: str) -> int | None:
+        """The index of a class that the argument `name` gives by name or index; None for None or an empty text.
 
         Raises:
-            ValueError: If there is no such class.
+            ValueError: If there is no such class, or there are several of that name.
         """
-        if name is None or name == "":
-            return None
-        if isinstance(name, str) and name in self.classes:
-            if self.classes.count(name) > 1:
-                raise ValueError(f"several classes are called {name[:60]!r}: give an index below {len(self.classes)}")
-            return self.classes.index(name)
-        text = str(name)
-        if not isinstance(name, bool) and text.isascii() and text.isdecimal() and int(text) < len(self.classes):
-            return int(text)
-        raise ValueError(f"there is no class {text[:60]!r}: give a name, or an index below {len(self.classes)}")
+        return None if given in (None, "") else class_index(self.classes, given, name)
 
     def explain(
         self, photograph: Photograph, target: int | None = None, versus: int | None = None, *, shares: bool = True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bcoskit._checks import check_initialized
 from bcoskit.convert._classifier import add_constants, move_classifier
 from bcoskit.convert._config import BcosConfig
 from bcoskit.convert._input import with_constants
@@ -185,8 +186,7 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
             )
         if parametrize.is_parametrized(module):
             raise ValueError(f"the module {path!r} has a parametrised weight: remove the parametrisation first")
-        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module._parameters.values()):
-            raise ValueError(f"the lazy module {path!r} has no weights yet: run the network once first")
+        check_initialized(path, module)
         if is_bcos(module):
             raise ValueError(f"the module {path!r} is a B-cos layer already: `set_b` changes its exponent")
 
