@@ -12,7 +12,6 @@ import argparse
 import csv
 import importlib.metadata
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -117,23 +116,12 @@ def pointing(run: Run, data: Path) -> dict[str, Any]:
     """The pointing game of a trained network; by Input x Gradient as well if it is an ordinary one."""
     model = bcoskit.create_model(run.folder / "model.safetensors")
     dataset: Any = open_dataset(data, "test", model.transform)
-    count = most_grids(accuracy(model, dataset).rows, run.grids)
+    count = min(run.grids, len(choose_grids(accuracy(model, dataset).rows, grid=3, count=None)))
     found: dict[str, Any] = {"grids": count}
     for method in ("bcos", "input_x_gradient") if count else ():
         result = grid_pointing_game(model, dataset, method, grid=3, count=count)
         found[method] = {"median": result.median, "quartiles": list(result.quartiles)}
     return found
-
-
-def most_grids(ranking: Sequence[dict[str, Any]], wanted: int) -> int:
-    """How many there are images for that the network is confident of."""
-    for count in range(wanted, 0, -1):
-        try:
-            choose_grids(ranking, grid=3, count=count)
-        except ValueError:
-            continue
-        return count
-    return 0
 
 
 def make(run: Run, data: Path) -> None:

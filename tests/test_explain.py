@@ -409,6 +409,24 @@ def test_save_and_load_where_value_and_output_are_one_tensor(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_save_and_load_from_a_layer_of_one_number_per_sample(tmp_path, suffix):
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.head = nn.Flatten(0), nn.Unflatten(0, (-1, 1))
+
+        def forward(self, x):
+            return self.head(self.narrow(x.flatten(1).sum(1, keepdim=True)))
+
+    e = bcoskit.explain(Narrow().eval(), inputs(), from_layer="narrow")
+    assert e.x.shape == (3,)
+    e.save(tmp_path / f"e{suffix}")
+    loaded = bcoskit.Explanation.load(tmp_path / f"e{suffix}")
+    assert torch.equal(loaded.contributions, e.contributions)
+    assert torch.equal(loaded.bias, e.bias)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_save_and_load(tmp_path, suffix):
     e = bcoskit.explain(bcos_network(), inputs(), [[0, 1]], shares=True)
     path = tmp_path / f"e{suffix}"

@@ -37,7 +37,7 @@ LEVELS = [
     {"dynamic"},
     {"_double", "_passes"},
     {"functional"},
-    {"nn", "_checks", "_layers", "_targets"},
+    {"nn", "_checks", "_layers", "_probabilities", "_targets"},
     {"_fuse", "convert"},
     {"_trust", "_linear_map"},
     {"_explain", "models"},

@@ -41,12 +41,12 @@ def check_inputs(model: Callable[..., Any], x: Tensor, *, indices: bool = False)
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}")
 
 
-def check_evaluation_mode(model: nn.Module) -> None:
-    """Refuse a network of which a part is in training mode; raises as `explain`."""
+def check_evaluation_mode(model: nn.Module, name: str = "model") -> None:
+    """Refuse the network of the argument `name` of which a part is in training mode; raises as `explain`."""
     if any(module.training for module in modules_of(model)):
-        training = next(name for name, module in model.named_modules() if module.training)
+        training = next(path for path, module in model.named_modules() if module.training)
         where = f"its module {training!r} is" if training else "it is"
-        raise ValueError(f"`model` must be in evaluation mode, {where} in training mode: call `model.eval()` first")
+        raise ValueError(f"`{name}` must be in evaluation mode, {where} in training mode: call `{name}.eval()` first")
 
 
 def check_initialized(path: str, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from bcoskit import __version__
 from bcoskit._command_pictures import count_images, with_pictures
@@ -27,13 +27,15 @@ from bcoskit._devices import device_named
 from bcoskit._explain import Explanation, explain
 from bcoskit._files import whole_file
 from bcoskit._fingerprint import fingerprint
+from bcoskit._probabilities import probabilities_of
 from bcoskit._processes import share, wait_for_all
 from bcoskit._targets import class_index
 from bcoskit._text import printable
 from bcoskit.data import ImageError, ImageTransform, read_image
 from bcoskit.data._images import pixels
-from bcoskit.models import create_model
+from bcoskit.models import Network, create_model
 from bcoskit.viz import SheetRow, sheet
+from bcoskit.viz._pictures import usual_smooth
 
 _TOP = 3  # classes
 _KEY = "bcoskit"  # of what a picture tells of itself
@@ -97,14 +99,17 @@ def explain_images(
     if compile and shares:
         raise ValueError("`compile` (=True) needs `--no-shares`: constants are evaluated one image at a time")
     rank, processes = share()
-    network = _Network.load(model, weights, device_named(device))
+    network = create_model(model, weights=True if weights is None else weights).to(device_named(device))
     if top is None:
         top = min(_TOP, len(network.classes))
     if not 1 <= top <= len(network.classes):
         raise ValueError(f"`top` (={top}) must be between 1 and the number of classes, {len(network.classes)}")
     wanted = None if target is None else class_index(network.classes, target, "target")
 
-    made_by = network.fingerprint(target=wanted, top=top, save=save, shares=shares)
+    # Of all that decides what a picture shows: layers, weights, transform, classes and options.
+    options = {"target": wanted, "top": top, "save": save, "shares": shares}
+    known = [__version__, str(network), asdict(network.transform), network.classes, network.loss, options]
+    made_by = fingerprint(network, json_lines.dumps(known))
     total = len(range(rank, count_images(images, out, processes), processes))
     report = Report(json, network.classes, total, show_progress=rank == 0)
     explainer = _explainer(network, wanted, top, shares, batch_size if compile else None)
@@ -155,33 +160,12 @@ class _Done:
     rows: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A network with trained weights, and what it knows of its classes and images."""
-
-    model: nn.Module
-    transform: ImageTransform
-    classes: tuple[str, ...]
-    loss: str
-
-    @classmethod
-    def load(cls, name: str, weights: str | None, device: torch.device) -> "_Network":
-        model = create_model(name, weights=True if weights is None else weights)
-        return cls(model.to(device), model.transform, model.classes, model.loss)
-
-    def fingerprint(self, **options: object) -> str:
-        """Of all that decides what a picture shows: weights, layers, transform, classes and options."""
-        known = [__version__, str(self.model), asdict(self.transform), self.classes, self.loss, options]
-        return fingerprint(self.model, json_lines.dumps(known))
-
-    def probabilities(self, explanation: Explanation) -> Tensor:
-        """Of the explained classes, (N, K); NaN if the outputs are no classes."""
-        assert explanation.target is not None
-        logits = explanation.logits
-        if self.loss == "none":
-            return torch.full(explanation.target.shape, math.nan)
-        table = logits.sigmoid() if self.loss == "bce" else logits.softmax(1)
-        return table.gather(1, explanation.target)
+def _probabilities(network: Network, explanation: Explanation) -> Tensor:
+    """Of the explained classes, (N, K); NaN if the outputs are no classes."""
+    assert explanation.target is not None
+    if network.loss == "none":
+        return torch.full(explanation.target.shape, math.nan)
+    return probabilities_of(network, explanation.logits).gather(1, explanation.target)
 
 
 def _ahead(work: Callable[[_Given], _Made], given: Iterator[_Given], limit: int) -> Iterator[_Made]:
@@ -238,7 +222,7 @@ def _rows_of(picture: Path, fingerprint: str) -> list[dict[str, Any]] | None:
 
 
 def _explainer(
-    network: _Network, wanted: int | None, top: int, shares: bool, compiled_size: int | None
+    network: Network, wanted: int | None, top: int, shares: bool, compiled_size: int | None
 ) -> Callable[[Tensor], Explanation]:
     """What explains the classes with the largest logits, the one that is wanted before them."""
 
@@ -248,8 +232,8 @@ def _explainer(
         return logits.topk(top, dim=1).indices
 
     if compiled_size is None:
-        return lambda x: explain(network.model, x, chosen, shares=shares)
-    program = compile_explain(network.model)
+        return lambda x: explain(network, x, chosen, shares=shares)
+    program = compile_explain(network)
 
     def explained(x: Tensor) -> Explanation:
         # A program has one shape: a batch that is too short is filled up.
@@ -261,17 +245,17 @@ def _explainer(
 
 def _explained(
     read: Iterator[_Item | _Done | _Failure],
-    network: _Network,
+    network: Network,
     explainer: Callable[[Tensor], Explanation],
     batch_size: int,
 ) -> Iterator[_Item | _Done | _Failure]:
     """The same in the same order, with explanations, which are made by the batch."""
-    device = next(network.model.parameters()).device
+    device = next(network.parameters()).device
     while outcomes := list(islice(read, batch_size)):
         batch = [pixels(outcome.image) for outcome in outcomes if isinstance(outcome, _Item)]
         if batch:
             explanation = explainer(network.transform.encode_pixels(torch.stack(batch)).to(device)).to("cpu")
-            probabilities = network.probabilities(explanation)
+            probabilities = _probabilities(network, explanation)
             index = iter(range(len(batch)))
             for place, outcome in enumerate(outcomes):
                 if isinstance(outcome, _Item):
@@ -280,7 +264,7 @@ def _explained(
         yield from outcomes
 
 
-def _written(network: _Network, save: bool, outcome: _Item | _Done | _Failure) -> _Done | _Failure:
+def _written(network: Network, save: bool, outcome: _Item | _Done | _Failure) -> _Done | _Failure:
     """Write the picture of an explained image, and what is to be saved of it; each appears complete or not at all.
 
     A name that is too long for the file system is a failure of its image; whatever else prevents writing raises.
@@ -330,5 +314,4 @@ def _page(item: _Item, explanation: Explanation, rows: list[dict[str, Any]], col
         )
         for rank, row in enumerate(rows)
     ]
-    smooth = max(1, round(item.image.width / 30)) | 1
-    return sheet(item.image, shown, title=printable(item.path.name), smooth=smooth)
+    return sheet(item.image, shown, title=printable(item.path.name), smooth=usual_smooth(item.image.width))

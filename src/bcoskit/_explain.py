@@ -211,7 +211,7 @@ _FORMAT = "bcoskit-explanation-1"
 def _check(read: Explanation) -> None:
     """Refuse what was read from a file if it is nothing that `explain` returns; raises ValueError or TypeError."""
     samples, several = len(read.x), read.value.shape[1:]
-    if read.x.ndim < 2 or len(several) > 1:
+    if read.x.ndim < 1 or len(several) > 1:
         shapes = f"`x` has shape {tuple(read.x.shape)} and `value` {tuple(read.value.shape)}"
         raise ValueError(f"{shapes}, must be (N, *shape) and (N,) or (N, K)")
     expected = {

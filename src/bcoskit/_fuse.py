@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from bcoskit._checks import check_evaluation_mode
 from bcoskit.functional import unit_norm
 from bcoskit.nn import (
     AllNorm,
@@ -51,9 +52,7 @@ def fuse(model: _Model) -> _Model:
     Raises:
         ValueError: If the network is in training mode, or has a learnable exponent.
     """
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise ValueError(f"`model` must be in evaluation mode, its module {training!r} is in training mode")
+    check_evaluation_mode(model)
     fused = copy.deepcopy(model).requires_grad_(False)
     layers = {name: module for name, module in fused.named_modules() if isinstance(module, BcosArguments)}
     learnable = [name for name, layer in layers.items() if isinstance(layer.b, Tensor)]

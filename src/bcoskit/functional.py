@@ -305,7 +305,7 @@ def max_out(y: Tensor, units: int, dim: int) -> Tensor:
         return y
     axis = dim % y.ndim
     if y.shape[axis] % units:
-        raise ValueError(f"`max_out` (={units}) must divide the {y.shape[axis]} rows of the weight")
+        raise ValueError(f"`units` or `max_out` (={units}) must divide the {y.shape[axis]} rows, or values along `dim`")
     if _passes.is_eager(y):
         return _passes.max_out(y, units, axis)
     return y.unflatten(axis, (-1, units)).max(axis + 1).values

@@ -13,13 +13,13 @@ from torch import nn
 from bcoskit import viz
 from bcoskit._checks import check_evaluation_mode
 from bcoskit._devices import device_of
-from bcoskit._explain import Explanation, explain
+from bcoskit._explain import explain
 from bcoskit._files import whole_file
 from bcoskit._layers import outputs_of
 from bcoskit.data import ImageError, ImageTransform, find_images, read_image
 from bcoskit.data._images import pixels
 from bcoskit.evaluation._loop import item_of, labels_of
-from bcoskit.viz._pictures import photograph
+from bcoskit.viz._pictures import photograph, usual_picture
 
 __all__ = ["Activation", "animate", "neuron_gallery", "strongest", "versus_gallery"]
 
@@ -156,7 +156,7 @@ def neuron_gallery(
             x = dataset[each.image][0][None].to(device)
             explanation = explain(model, x, *_target_of(each), to_layer=layer)
             above.append((photograph(x[0]), f"{layer} {channel}\n{each.value:.3g}"))
-            below.append((_picture(explanation), ""))
+            below.append((usual_picture(explanation.weights[0], explanation.contributions[0]), ""))
         rows += [above, below]
     return viz.montage(rows, cell=cell)
 
@@ -165,16 +165,6 @@ def _target_of(activation: Activation) -> tuple[Any]:
     if activation.position:
         return ((activation.channel, *activation.position),)
     return (activation.channel,)
-
-
-def _picture(explanation: Explanation, smooth: int | None = None) -> Any:
-    """Colours of the weights where the input is encoded, else the contributions."""
-    contributions = explanation.contributions[0]
-    if smooth is None:
-        smooth = max(1, round(contributions.shape[-1] / 30)) | 1
-    if explanation.weights.shape[1] in (2, 6):
-        return viz.color_picture(explanation.weights[0], contributions, smooth=smooth)
-    return viz.contribution_map(contributions)
 
 
 def versus_gallery(

@@ -1,4 +1,5 @@
 import copy
+import re
 import warnings
 from dataclasses import dataclass, replace
 
@@ -495,6 +496,45 @@ class TestWhatWouldBeSilentlyWrong:
 
         converted = bcosify(Named().eval(), BcosConfig(projections="linear", biases="drop"))
         assert not [name for name, _ in converted.named_parameters() if name.endswith("bias")]
+
+    @pytest.mark.parametrize("name", ["levit_128s", "mobilenetv4_hybrid_medium"])
+    def test_projections_with_a_norm_or_a_convolution_around_them(self, name):
+        model = timm.create_model(name).eval()
+        within = re.compile(r"(^|[.])(qkv|kv|q|query|key|value)[.]")
+        paths = {
+            path
+            for path, layer in model.named_modules()
+            if within.search(path) and isinstance(layer, (nn.Conv2d, nn.Linear))
+        }
+        for projections in ("linear", "bcos"):
+            report = bcosify(model, BcosConfig(projections=projections)).conversion
+            replaced = {module.path for module in report.of("replaced")}
+            assert len(paths) > 5
+            assert paths & replaced == (paths if projections == "bcos" else set())
+
+    def test_names_that_only_begin_like_those_of_projections(self):
+        model = nn.Sequential()
+        model.add_module("keys_of_houses", nn.Conv2d(3, 8, 3))
+        model.add_module("value_head", nn.Conv2d(8, 8, 1))
+        report = bcosify(model.append(nn.Flatten()).eval()).conversion
+        assert {module.path for module in report.of("replaced")} == {"keys_of_houses", "value_head"}
+
+    def test_weights_of_attention_are_no_products(self):
+        class Tokens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+
+            def forward(self, x):
+                return self.attend(x, x, x)[0].mean(1)
+
+        x = torch.rand(2, 5, 16)
+        converted = bcosify(Tokens().eval(), BcosConfig(encode=False), example=x)
+        expected = bcoskit.explain(converted, x)
+        assert torch.equal(bcoskit.explain(converted, x, products="error").weights, expected.weights)
+        weights = converted.attend(x, x, x)[1]
+        assert weights.sum(-1).allclose(torch.ones(2, 5))
+        assert torch.autograd.grad(weights.square().sum(), converted.attend.in_proj_weight)[0].abs().max() > 0
 
 
 class TestReport:

@@ -185,6 +185,18 @@ class TestHuggingFace:
         with pytest.raises(ImageError, match="the split 'train' has no labels"):
             open_dataset(f"hf:{tmp_path / 'hidden'}")
 
+    def test_coarse_labels_beside_those_that_are_meant(self, tmp_path):
+        kinds = {"coarse_label": ["pets"], "fine_label": ["cat", "dog"]}
+        features = {"img": datasets.Image()} | {name: datasets.ClassLabel(names=of) for name, of in kinds.items()}
+        rows = {"img": [picture(shade) for shade in SHADES[:2]], "coarse_label": [0, 0], "fine_label": [1, 0]}
+        saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, datasets.Features(features))})
+        saved.save_to_disk(tmp_path / "saved")
+        dataset = open_dataset(tmp_path / "saved")
+        assert (dataset.classes, dataset.labels.tolist()) == (("cat", "dog"), [1, 0])
+        saved.rename_column("fine_label", "species").save_to_disk(tmp_path / "unclear")
+        with pytest.raises(ImageError, match="one column of images and one of labels"):
+            open_dataset(tmp_path / "unclear")
+
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(ImageError, match=r"hf:.*cannot be opened"):
             open_dataset(f"hf:{tmp_path / 'nothing'}")

@@ -519,6 +519,16 @@ def test_a_rejected_run_leaves_its_folder_free(tmp_path):
         evaluate(patches(), images(), (GridPointing(grid=2, count=3),), out=tmp_path)
 
 
+def test_a_package_that_is_missing_leaves_the_folder_free(tmp_path):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("`needy` needs a package: pip install it")
+
+    metrics = (GridPointing(grid=2, count=2),)
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        evaluate(patches(), images(), metrics, (missing,), out=tmp_path)
+    assert len(evaluate(patches(), images(), metrics, out=tmp_path)[1].rows) == 2 * 4
+
+
 def test_a_run_that_is_cut_off_at_its_predictions_is_not_rejected(tmp_path):
     def stop(*_):
         raise Interrupted

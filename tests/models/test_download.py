@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from bcoskit.models import create_model, save_model
+from bcoskit.models import _download, create_model, save_model
 from bcoskit.models._download import cached
 
 CONTENT = bytes(range(256)) * 8_000
@@ -117,6 +117,22 @@ def test_a_broken_download_goes_on(ranges, server, cache):
     assert cached(f"{server.url}/file.pth", SHA256[:10]).read_bytes() == CONTENT
     assert server.asked[1:] == [("/file.pth", f"bytes={size}-")]
     assert left(cache) == [".file.pth.lock", "file.pth"]
+
+
+def test_a_beginning_is_gone_before_another_version_begins(server, monkeypatch):
+    server.breaks_at = 700_000
+    with pytest.raises(ConnectionError, match="broke off"):
+        cached(f"{server.url}/file.pth")
+    server.breaks_at, server.content, server.etag = None, CONTENT[::-1], '"two"'
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_download, "_receive", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached(f"{server.url}/file.pth")
+    assert cached(f"{server.url}/file.pth").read_bytes() == CONTENT[::-1]
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"one"', '"two"'])

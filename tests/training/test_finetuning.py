@@ -258,9 +258,17 @@ class TestAlignment:
         images.mkdir(parents=True)
         for index, file in enumerate(sorted((data / "train").rglob("*.png"))):
             shutil.copy(file, images / f"{index}.png")
-        figures = teach(tmp_path / "images", tmp_path / "run", weights, epochs=3, measure_every=2)
-        assert 0 <= figures["test_agreement"] <= 1
+        teach(tmp_path / "images", tmp_path / "run", weights, epochs=1)
+        settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+        assert settings["data"] != settings["test_data"]
         assert (tmp_path / "run" / "model.safetensors").exists()
+
+    def test_figures_are_the_same_however_rarely_they_are_measured(self, data, tmp_path, weights):
+        always = teach(data, tmp_path / "always", weights, epochs=3)
+        rarely = teach(data, tmp_path / "rarely", weights, epochs=3, measure_every=2)
+        again = teach(data, tmp_path / "rarely", weights, epochs=3, measure_every=2, resume=True)
+        assert rarely == always == again
+        assert rarely != teach(data, tmp_path / "other", weights, epochs=2)
 
     def test_a_run_that_was_cut_off_goes_on(self, data, tmp_path, weights, monkeypatch):
         teach(data, tmp_path / "whole", weights, epochs=3)

@@ -143,6 +143,12 @@ class TestFigures:
         assert figures["test_loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-4)
         assert create_model(tmp_path / "run" / "model.safetensors").loss == "cross_entropy"
 
+    @pytest.mark.parametrize(("model", "kind"), [(BCOS, "cross_entropy"), (STANDARD, "bce")])
+    def test_the_file_says_by_which_loss_logits_are_probabilities(self, data, tmp_path, model, kind):
+        run(data, tmp_path / "run", model=model, epochs=1, loss=Loss(kind))
+        assert model_row(model).loss != kind
+        assert create_model(tmp_path / "run" / "model.safetensors").loss == kind
+
     def test_first_training_loss(self, data, tmp_path):
         run(data, tmp_path / "run", epochs=1, batch_size=16, seed=3)
         torch.manual_seed(3)

@@ -18,10 +18,11 @@ from PIL import Image
 from bcoskit._explain import Explanation
 from bcoskit.app import _html
 from bcoskit.app._figures import figures, place_figures
-from bcoskit.app._pictures import Controls, comparison_map, packed, panels, png, sheet, usual_smooth
+from bcoskit.app._pictures import Controls, comparison_map, packed, panels, png, sheet
 from bcoskit.app._service import ExplanationService, Photograph
 from bcoskit.app._upload import only_uploads, upload_field
 from bcoskit.dynamic import NotLinearError
+from bcoskit.viz._pictures import usual_smooth
 
 METHODS = {
     "grad_cam": "Grad-CAM",

@@ -12,6 +12,7 @@ from bcoskit import viz
 from bcoskit._explain import Explanation
 from bcoskit.app._figures import figures
 from bcoskit.app._service import ExplanationService, Photograph
+from bcoskit.viz._pictures import usual_smooth
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Controls:
     def __post_init__(self) -> None:
         if not 0 <= self.opacity <= 1:
             raise ValueError(f"`opacity` (={self.opacity}) must be in [0, 1]")
-
-
-def usual_smooth(size: int) -> int:
-    """The side of the mean filter for images of a size, as in `bcoskit explain`: 1/30 of it, odd."""
-    return max(1, round(size / 30)) | 1
 
 
 def panels(

@@ -1,6 +1,7 @@
 """The page on an address."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -142,7 +143,7 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        if isinstance(error, PermissionError) or error.errno == 98:
+        if isinstance(error, PermissionError) or error.errno == errno.EADDRINUSE:
             raise ValueError(f"`port` (={port}) on {host} is in use or not allowed: choose another") from error
         raise ValueError(f"`host` (={host!r}) is no address of this machine ({error.strerror})") from error
     return listening

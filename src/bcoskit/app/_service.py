@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bcoskit._checks import check_evaluation_mode
+from bcoskit._devices import device_of
 from bcoskit._explain import Explanation, explain
+from bcoskit._probabilities import probabilities_of
 from bcoskit._targets import class_index
 from bcoskit.app._batches import Batcher
 from bcoskit.data import ImageError, ImageTransform, read_image
@@ -165,7 +168,7 @@ class ExplanationService:
         """Of the logits (C,) by the network's loss; None if its outputs are no classes."""
         if not self.has_classes:
             return None
-        return logits.sigmoid() if self.model.loss == "bce" else logits.softmax(0)
+        return probabilities_of(self.model, logits)
 
     def attribute(self, photograph: Photograph, target: int, method: str, *, ordinary: bool = False) -> Tensor:
         """Contributions (H, W) by a method of `bcoskit.evaluation.METHODS`.
@@ -215,8 +218,7 @@ class ExplanationService:
 def _check_network(name: str, network: object) -> None:
     if not isinstance(network, Network) or not hasattr(network, "transform"):
         raise TypeError(f"`{name}` must be a network of `create_model`, not {type(network).__name__}")
-    if network.training:
-        raise ValueError(f"`{name}` is in training mode: call `.eval()`")
+    check_evaluation_mode(network, name)
 
 
 def _matched(classes: tuple[str, ...], others: tuple[str, ...]) -> list[int]:
@@ -233,4 +235,4 @@ def _matched(classes: tuple[str, ...], others: tuple[str, ...]) -> list[int]:
 
 def _encoded(network: nn.Module, transform: ImageTransform, views: Sequence[Image.Image]) -> Tensor:
     values = torch.stack([pixels(view) for view in views])
-    return transform.encode_pixels(values).to(next(network.parameters()).device)
+    return transform.encode_pixels(values).to(device_of(network))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from bcoskit.dynamic import freeze
 from bcoskit.functional import attention, bcos_conv
 from bcoskit.nn import BcosConv2d
 
@@ -88,7 +89,8 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
-            scores = heads[0] @ heads[1].mT * heads[0].shape[-1] ** -0.5
+            queries, keys = freeze(heads[0]), freeze(heads[1])
+            scores = queries @ keys.mT * queries.shape[-1] ** -0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights.squeeze(0) if single else weights

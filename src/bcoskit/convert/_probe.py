@@ -166,14 +166,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     tables = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    state = torch.get_rng_state()
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
             yield
     finally:
-        torch.set_rng_state(state)
         for module in training:
             module.training = True
         for module, table in tables:
@@ -183,7 +182,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
+def examples(model: nn.Module) -> Iterator[Tensor]:
     """Small inputs that a network may take: noise of the sizes that its configuration names, or usual ones."""
     first = next((module for module in model.modules() if isinstance(module, tuple(_DIMENSIONS))), None)
     dimensions = next((count for kind, count in _DIMENSIONS.items() if isinstance(first, kind)), 2)
@@ -200,7 +199,7 @@ def examples(model: nn.Module, channels: int | None = None) -> Iterator[Tensor]:
             sizes = [tuple(size[1:])]
     own = getattr(first, "in_channels", 3)
     # The configuration tells the channels that timm's own weights are for; others may have been asked for.
-    counts = (channels,) if channels else (own,) if size is None else tuple(dict.fromkeys((size[0], own)))
+    counts = (own,) if size is None else tuple(dict.fromkeys((size[0], own)))
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     for count, shape in product(counts, sizes):

@@ -55,8 +55,10 @@ def rule_for(module: nn.Module, rules: tuple[Rule, ...]) -> Rule | None:
     return next((rule for rule in rules if isinstance(module, rule.kinds)), None)
 
 
-# Layers that go by these names make queries, keys and values.
-_PROJECTIONS = re.compile(r"(^|[._])(to_)?(qkv|kv|qk|q|k|v|query|key|value|in_proj)(_proj|_proj_weight|_lin)?$")
+# Layers that go by these names, or whose container does, make queries, keys and values.
+_PROJECTIONS = re.compile(
+    r"(^|[._])(to_|[wW])?(qkvs?|kv|qk|q|k|v|query|key|value|in_proj)(_proj|_proj_weight|_lin)?(\.|$)"
+)
 _CONVOLUTIONS: dict[type[nn.Module], type[Any]] = {
     nn.Conv1d: BcosConv1d,
     nn.Conv2d: BcosConv2d,
@@ -128,6 +130,10 @@ def _convolution(old: Any, config: BcosConfig, kind: type[Any], padding: tuple[i
     )
 
 
+def _stays_projection(path: str, config: BcosConfig) -> bool:
+    return config.projections == "linear" and _PROJECTIONS.search(path) is not None
+
+
 def _as_projection(old: Any, config: BcosConfig) -> str:
     if config.biases == "drop" and old.bias is not None:
         old.bias = None
@@ -138,14 +144,16 @@ def _of_conv(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     base = next(base for base in _CONVOLUTIONS if base in type(old).__mro__)
     if not _plain(old, base):
         return _OWN_FORWARD
-    if config.projections == "linear" and _PROJECTIONS.search(path):
+    if _stays_projection(path, config):
         return _as_projection(old, config)
     return _taken_over(_convolution(old, config, _CONVOLUTIONS[base]), old, config)
 
 
-def _of_timm_conv(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
+def _of_timm_conv(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     if not _plain(old, Conv2dSame, *_STANDARDIZED):
         return _OWN_FORWARD
+    if _stays_projection(path, config):
+        return _as_projection(old, config)
     same = Conv2dSame in type(old).__mro__
     new = _taken_over(_convolution(old, config, StandardizedConv2d), old, config)
     new.same_pad = same or bool(getattr(old, "same_pad", False))
@@ -184,7 +192,7 @@ def _of_transposed(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
 def _of_linear(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     if not _plain(old, nn.Linear, Linear):
         return _OWN_FORWARD
-    if config.projections == "linear" and _PROJECTIONS.search(path):
+    if _stays_projection(path, config):
         return _as_projection(old, config)
     new = BcosLinear(
         old.in_features,

@@ -10,10 +10,9 @@ from PIL import Image
 
 from bcoskit.data._images import ImageError, ImageSource
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
-from bcoskit.data._parquet import SPLITS
+from bcoskit.data._parquet import LABEL_COLUMNS, SPLITS
 
 _ALSO: dict[str, tuple[str, ...]] = {"train": ("trainval", "train-standard"), "test": ()}
-_NAMED = ("label", "labels", "target", "class")
 _LABELS = ("targets", "labels", "_labels", "_samples")
 
 
@@ -82,7 +81,7 @@ def hugging_face_images(name: str, split: Literal["train", "test"], transform: T
         if (Path(name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(name)[word]
         found = datasets.load_dataset(name, split=word)
-        if any(all(label == -1 for label in found[column]) for column in _NAMED if column in found.features):
+        if any(all(label == -1 for label in found[column]) for column in LABEL_COLUMNS if column in found.features):
             raise ImageError(f"the split {word!r} has no labels")
         return found
 
@@ -90,7 +89,7 @@ def hugging_face_images(name: str, split: Literal["train", "test"], transform: T
     images = [column for column, feature in found.features.items() if isinstance(feature, datasets.Image)]
     kinds = {column: getattr(feature, "feature", feature) for column, feature in found.features.items()}
     named = [column for column, feature in kinds.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = named or [column for column in _NAMED if column in kinds]
+    labels = named if len(named) == 1 else [column for column in LABEL_COLUMNS if column in (named or kinds)]
     if len(images) != 1 or len(labels) != 1:
         raise ImageError(f"hf:{name}: must have one column of images and one of labels, has {list(found.features)}")
     indices, classes = index_labels(list(found[labels[0]]), getattr(kinds[labels[0]], "names", None))

@@ -18,7 +18,7 @@ SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 _IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 _NUMBERED = re.compile(r"-\d+-of-(\d+)\.(parquet|tar)$")
 
 
@@ -170,7 +170,7 @@ def _image_column(schema: "pa.Schema", path: Path) -> str:
 
 def _label_column(schema: "pa.Schema", path: Path) -> str:
     # By name only: a sole column of integers or strings may well be an identifier or a caption.
-    known = [name for name in _LABEL_COLUMNS if name in schema.names]
+    known = [name for name in LABEL_COLUMNS if name in schema.names]
     if len(known) != 1:
         raise ImageError(
             f"{path}: the labels cannot be told among the columns {schema.names}: name theirs 'label', or give "

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcoskit._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._loop import item_of, run_metric, stacked
-from bcoskit.evaluation._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._result import Result, Row
 
 _TOP = 5

@@ -13,12 +13,12 @@ Protocol: TypeAlias = Literal["bcos", "rao"]
 THRESHOLDS = {"bcos": 0.5, "rao": 0.99}
 
 
-def check_grids(grid: int, count: int, protocol: str) -> None:
+def check_grids(grid: int, count: int | None, protocol: str) -> None:
     """Refuse what makes no grids; raises as `choose_grids`."""
     if protocol not in THRESHOLDS:
         raise ValueError(f"`protocol` (={protocol!r}) must be 'bcos' or 'rao'")
     for name, value, lowest in (("grid", grid, 2), ("count", count, 1)):
-        if value < lowest:
+        if value is not None and value < lowest:
             raise ValueError(f"`{name}` (={value}) must be at least {lowest}")
 
 
@@ -26,7 +26,7 @@ def choose_grids(
     ranking: Sequence[Row],
     *,
     grid: int = 3,
-    count: int = 500,
+    count: int | None = 500,
     protocol: Protocol = "bcos",
     threshold: float | None = None,
     authors_offset: bool = False,
@@ -37,7 +37,7 @@ def choose_grids(
     Args:
         ranking: Rows of `accuracy`.
         grid: Cells along each side.
-        count: Number of grids.
+        count: Number of grids; None for as many as there are images for.
         protocol: How images are chosen.
         threshold: Of confidence.
         authors_offset: As the authors' code.
@@ -64,7 +64,7 @@ def choose_grids(
         found = _drifting(sequence, labels, size) if authors_offset else _blocks(sequence, size)
     else:
         found = _at_random(queues, size, random)
-    if len(found) < count:
+    if count is not None and len(found) < count:
         least = ", ".join(f"{label}: {available[label]}" for label in sorted(available, key=lambda k: available[k])[:3])
         raise ValueError(
             f"`count` (={count}) grids of {size} classes cannot be made: {len(available)} classes have images that are "

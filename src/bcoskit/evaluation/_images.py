@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bcoskit._probabilities import check_classes
 from bcoskit.evaluation._loop import item_of, stacked
-from bcoskit.evaluation._probabilities import check_classes
 from bcoskit.evaluation._result import Row
 
 Explained: TypeAlias = Literal["predicted", "label"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bcoskit._checks import check_inputs
 from bcoskit._layers import uncompiled
-from bcoskit.evaluation._probabilities import check_classes
+from bcoskit._probabilities import check_classes
 
 Method: TypeAlias = Callable[..., Tensor]
 """From a network, inputs (N, C, H, W) and classes (N,) to contributions (N, H, W).

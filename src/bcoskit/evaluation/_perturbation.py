@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from bcoskit._checks import check_evaluation_mode
+from bcoskit._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._methods import attribute
-from bcoskit.evaluation._probabilities import check_classes, probabilities_of
 from bcoskit.evaluation._result import Result, Row
 
 Baseline: TypeAlias = Literal["zero", "mean", "blur"]

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcoskit._probabilities import check_classes, probabilities_of
 from bcoskit._random import random_from
 from bcoskit.evaluation._method import Chosen, captum_attr, for_any_target
-from bcoskit.evaluation._probabilities import check_classes, probabilities_of
+from bcoskit.viz._pictures import photograph
 
 SEED = 42  # of the masks of RISE, LIME and KernelSHAP
 _FEWEST_SEGMENTS = 8
@@ -217,18 +218,13 @@ def _by_segments(
 def _segments(sample: Tensor, kernel_size: int) -> Tensor:
     from skimage.segmentation import quickshift
 
-    rgb = sample[:3].movedim(0, -1).double()
-    if rgb.shape[-1] != 3:
-        rgb = rgb[..., :1].expand(*rgb.shape[:-1], 3)
-    low, high = rgb.aminmax()
-    if low < 0 or high > 1:  # of normalised channels
-        rgb = (rgb - low) / (high - low)
+    rgb = photograph(sample).astype(float)
     # Of small images the papers' kernel makes one segment, which says nothing: a narrower one finds parts.
     width = kernel_size
-    found = quickshift(rgb.cpu().numpy(), kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
+    found = quickshift(rgb, kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
     while int(found.max()) + 1 < _FEWEST_SEGMENTS and width > 1:
         width //= 2
-        found = quickshift(rgb.cpu().numpy(), kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
+        found = quickshift(rgb, kernel_size=width, max_dist=200, ratio=0.2, rng=SEED)
     return torch.from_numpy(found).long().to(sample.device)
 
 

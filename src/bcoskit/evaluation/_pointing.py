@@ -14,6 +14,7 @@ from bcoskit.evaluation._grids import Protocol, check_grids, choose_grids, make_
 from bcoskit.evaluation._loop import item_of, run_metric, stacked
 from bcoskit.evaluation._methods import attribute
 from bcoskit.evaluation._result import Result, Row
+from bcoskit.viz._pictures import mean_filter
 
 _LARGE = 64  # side of images from which the papers smooth the contributions
 _SMALLEST_MASS = {"bcos": 0.0, "rao": 1e-7}
@@ -73,7 +74,7 @@ class GridPointing:
         if self.rescale and side % self.grid:
             # Cells end within pixels, whose contributions are shared out by area.
             small = self._contributions(model, _resized(images, side), target, method)
-            shares = smoothed(small, smooth) / self.grid**2
+            shares = mean_filter(small, smooth) / self.grid**2
             maps, smooth = shares.repeat_interleave(self.grid, -1).repeat_interleave(self.grid, -2), 1
         else:
             maps = self._contributions(model, images, target, method)
@@ -183,7 +184,7 @@ def grid_scores(maps: Tensor, grid: int, smooth: int = 1, smallest_mass: float =
     check_smooth(smooth)
     if maps.ndim != 4 or maps.shape[1] != grid**2 or maps.shape[-1] % grid or maps.shape[-2] % grid:
         raise ValueError(f"`maps` of shape {tuple(maps.shape)} must be (N, {grid**2}, H, W) in {grid} x {grid} cells")
-    positive = smoothed(maps, smooth).clamp_min(0).double()  # sums of large contributions overflow otherwise
+    positive = mean_filter(maps, smooth).clamp_min(0).double()  # sums of large contributions overflow otherwise
     cells = positive.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).sum((3, 5))  # N, target, row, column
     shares = cells.transpose(2, 3).flatten(2)
     total = shares.sum(2)
@@ -199,11 +200,6 @@ def check_smooth(smooth: int | None) -> None:
     """Refuse an even mean filter; raises as `grid_pointing_game`."""
     if smooth is not None and (smooth < 1 or smooth % 2 == 0):
         raise ValueError(f"`smooth` (={smooth}) must be odd and positive")
-
-
-def smoothed(maps: Tensor, smooth: int) -> Tensor:
-    """Mean over `smooth` × `smooth` pixels, zeros beyond the border counted: (N, K, H, W)."""
-    return maps if smooth == 1 else F.avg_pool2d(maps, smooth, stride=1, padding=smooth // 2)
 
 
 def sliding(
@@ -262,7 +258,7 @@ class EnergyPointing:
             )
         masks = stacked(model, [region_mask(item[2], x.shape[-2:]) for item in items])
         target = torch.tensor([item[1] for item in items], device=x.device)
-        positive = smoothed(attribute(model, x, target, method)[:, None], self.smooth).clamp_min(0)[:, 0].double()
+        positive = mean_filter(attribute(model, x, target, method)[:, None], self.smooth).clamp_min(0)[:, 0].double()
         total, inside = positive.sum((1, 2)), (positive * masks).sum((1, 2))
         scores = torch.where(total > 0, inside / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0).tolist()
         return [

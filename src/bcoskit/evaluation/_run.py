@@ -131,7 +131,8 @@ def evaluate(
         ]
         for job in jobs:
             _tried(job, model, dataset, progress)
-    except ValueError:  # such as too few images for so many grids, or a method that needs another network
+    # Such as too few images for so many grids, a method that needs another network, or a package that is missing.
+    except (ValueError, ImportError):
         if is_new:
             _reject(out)
         raise

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bcoskit._explain import explain
+from bcoskit._probabilities import check_classes
 from bcoskit._random import random_from
 from bcoskit.evaluation._images import DrawnImages, Explained, image_rows, inputs_and_targets
 from bcoskit.evaluation._loop import run_metric
 from bcoskit.evaluation._method import calls_of
 from bcoskit.evaluation._methods import METHODS, attribute, resolve
-from bcoskit.evaluation._probabilities import check_classes
 from bcoskit.evaluation._result import Result, Row
 
 _Layer: TypeAlias = tuple[str, nn.Module, Callable[[], object]]  # its path, and what makes its weights random

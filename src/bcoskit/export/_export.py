@@ -1,6 +1,7 @@
 """`export_onnx`: a network's explanation as one file."""
 
 import copy
+import errno
 import importlib
 import json
 import os
@@ -98,7 +99,7 @@ def export_onnx(
     if path.suffix != ".onnx":
         raise ValueError(f"`path` (={str(path)!r}) must end in .onnx")
     if path.is_dir():
-        raise IsADirectoryError(21, "is a folder", str(path))
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     network: Any = uncompiled(model)

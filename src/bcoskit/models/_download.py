@@ -116,6 +116,8 @@ def _download(url: str, partial: Path, version: Path) -> None:
             there = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {there}-"):
             raise OSError(f"the server sent another part of the file than that from byte {there:,} on")
+        if not there:  # before its version is replaced: it might be another one's beginning
+            partial.unlink(missing_ok=True)
         validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or "W/"
         if validator.startswith("W/"):  # it does not tell versions apart
             version.unlink(missing_ok=True)

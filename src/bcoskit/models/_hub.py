@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bcoskit._files import whole_file
 from bcoskit._text import printable
 from bcoskit.models._hub_files import WEIGHTS, hub_file, reach, reason
 from bcoskit.models._network import Network
@@ -49,7 +50,8 @@ def save_pretrained(
         raise
     card = folder / _CARD
     if not card.exists():
-        card.write_text(model_card(model, training or {}), encoding="utf-8")
+        with whole_file(card) as unfinished:
+            unfinished.write_text(model_card(model, training or {}), encoding="utf-8")
     return folder
 
 

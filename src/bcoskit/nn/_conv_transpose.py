@@ -41,8 +41,6 @@ class _BcosConvTranspose(BcosArguments):
         arguments: tuple[Any, ...] = (kernel_size, stride, padding, output_padding, groups, bias, dilation)
         super().__init__(in_channels, out_channels, *arguments, device=device, dtype=dtype)
         self._set_bcos_arguments(b, 1, normalize_weight, scale, out_channels)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, in_channels, *spatial) to (N, out_channels, *out)."""

@@ -137,8 +137,9 @@ class Aligner(Learner):
             self.accuracy.update((named == labels).float())
             self.log("test_accuracy", self.accuracy, prog_bar=True, on_step=False, on_epoch=True)
 
-    def on_fit_end(self) -> None:
-        """Leave both networks without hooks."""
+    def release(self) -> None:
+        """After a run and its last measurement: both networks without hooks."""
+        super().release()
         for network in self._hooked:
             network.remove()
 
@@ -289,7 +290,7 @@ def align(
         stages_of(student, original),
         size=train_size,
         has_labels=has_labels,
-        compile_step=compile_step and not hardware.recompute and can_compile(),
+        compile_step=compile_step and can_compile(),
         learning_rate=learning_rate,
         seed=seed,
         gradual=moving,

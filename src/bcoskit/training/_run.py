@@ -199,6 +199,7 @@ def train(
     if optimization.ema is not None and optimization.ema_every > updates:
         raise ValueError(f"`ema_every` (={optimization.ema_every}) is above the number of steps, {updates}")
     network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
+    network.loss = "cross_entropy" if loss.kind == "cross_entropy" else "bce"
     numbers = [name for name, parameter in network.named_parameters() if not parameter.ndim]
     if hardware.strategy == "fsdp" and numbers:
         raise ValueError(f"`strategy` (='fsdp') cannot share out numbers such as {numbers[0]!r}: take 'ddp'")

@@ -1,6 +1,5 @@
 """Explanations while a network is trained: how good they are, and pictures in which one sees alignment grow."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from bcoskit._files import whole_file
 from bcoskit.data import ImageTransform
 from bcoskit.evaluation import GridPointing, accuracy, choose_grids
 from bcoskit.evaluation._loop import run_metric
-from bcoskit.evaluation._result import Row
 from bcoskit.training._loading import Images
+from bcoskit.viz._pictures import usual_picture
 
 _PICTURES, _MEASURED, _GRIDS = 8, 256, 16  # images in a sheet, images that are measured on, and grids of them
 
@@ -79,7 +78,7 @@ class Watch(lightning.Callback):
         if len(self.images.classes) > grid**2 and not self.images.multi_label:
             dataset = list(zip(x.cpu(), labels.tolist(), strict=True))
             ranking = accuracy(model, dataset).rows
-            grids = _as_many_grids_as_there_are(ranking, grid)
+            grids = min(_GRIDS, len(choose_grids(ranking, grid=grid, count=None)))
             if grids:
                 metric = GridPointing(grid, grids)
                 figures["pointing"] = run_metric(metric, model, dataset, "bcos", ranking=ranking).median
@@ -87,18 +86,13 @@ class Watch(lightning.Callback):
 
     def _draw(self, model: Any, x: Tensor, labels: Tensor, pixels: Tensor, file: Path) -> None:
         e = explain(model, x, labels)
-        smooth = max(1, round(x.shape[-1] / 30)) | 1
         above: list[tuple[Any, str]] = []
         below: list[tuple[Any, str]] = []
         for index, label in enumerate(labels.tolist()):
             above.append(
                 (pixels[index].movedim(0, -1), f"{self.images.classes[label]}\nlogit {float(e.value[index]):.2f}")
             )
-            if e.weights.shape[1] in (2, 6):
-                picture = viz.color_picture(e.weights[index], e.contributions[index], smooth=smooth)
-            else:
-                picture = viz.contribution_map(e.contributions[index])
-            below.append((picture, ""))
+            below.append((usual_picture(e.weights[index], e.contributions[index]), ""))
         with whole_file(file) as unfinished:
             viz.montage([above, below], cell=96).save(unfinished, format="PNG")
 
@@ -109,13 +103,3 @@ def _first_classes(labels: Tensor) -> Tensor:
         return labels
     of_one = labels > 0
     return torch.where(of_one.any(1), of_one.int().argmax(1), -1)
-
-
-def _as_many_grids_as_there_are(ranking: Sequence[Row], grid: int) -> int:
-    for count in range(_GRIDS, 0, -1):
-        try:
-            choose_grids(ranking, grid=grid, count=count)
-        except ValueError:  # too few images are classified with confidence yet
-            continue
-        return count
-    return 0

@@ -86,7 +86,7 @@ def color_picture(
     colors = (present / (present + absent + _EPSILON))[..., channels, :, :]
     # Equal to the norm of the weights, but their squares neither overflow nor vanish.
     strength = scale.squeeze(-3) * torch.linalg.vector_norm(direction, dim=-3)
-    strength = _mean_filter(strength.masked_fill(contributions < 0, _EPSILON), smooth)
+    strength = mean_filter(strength.masked_fill(contributions < 0, _EPSILON), smooth)
     opacity = (strength / percentile_of(strength, percentile)).clamp(0, 1).masked_fill(strength == 0, 0)
     return _as_picture(torch.cat([colors, opacity.unsqueeze(-3)], dim=-3).movedim(-3, -1))
 
@@ -119,7 +119,7 @@ def contribution_map(
         raise ValueError(f"`contributions` (shape {tuple(values.shape)}) must be (..., H, W)")
     if limit is not None and not 0 < limit < math.inf:
         raise ValueError(f"`limit` (={limit}) must be positive and finite")
-    values = _mean_filter(values, smooth)
+    values = mean_filter(values, smooth)
     cut = percentile_of(values.abs(), percentile)
     values = values.clamp(-cut, cut)
     blank = (values == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
@@ -251,7 +251,24 @@ def _shown_channels(count: int, rgb: tuple[int, int, int] | None) -> list[int]:
     return [0, 0, 0] if count == 1 else [0, 1, 2]
 
 
-def _mean_filter(values: torch.Tensor, smooth: int) -> torch.Tensor:
+def usual_smooth(side: int) -> int:
+    """The width of the mean filter for pictures of images of a side: 1/30 of it, odd."""
+    return max(1, round(side / 30)) | 1
+
+
+def usual_picture(weights: torch.Tensor, contributions: torch.Tensor) -> Picture:
+    """One explanation: the colours of weights (C, H, W) of an encoded image, else the map of its contributions.
+
+    Args:
+        weights: A row of `W(x)`.
+        contributions: `W(x)·x` (H, W).
+    """
+    if weights.shape[0] not in (2, 6):
+        return contribution_map(contributions)
+    return color_picture(weights, contributions, smooth=usual_smooth(weights.shape[-1]))
+
+
+def mean_filter(values: torch.Tensor, smooth: int) -> torch.Tensor:
     """Mean over `smooth` x `smooth` pixels (..., H, W), zeros beyond the border counted."""
     if smooth < 0 or (smooth > 0 and smooth % 2 == 0):
         raise ValueError(f"`smooth` (={smooth}) must be 0, or odd and positive to keep the size")

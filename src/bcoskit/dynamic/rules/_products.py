@@ -27,8 +27,8 @@ def _register() -> None:
             mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
             # Keyword arguments follow the positional ones in the order of the signature; a bias is no factor.
-            named = [name for name in kwargs if name not in ("bias", "input")] if first else list(kwargs)
-            factors = [*range(first, min(first + 2, len(args))), *(name for name in named if name != "bias")]
+            named = [name for name in kwargs if name != "bias" and not (first and name == "input")]
+            factors = [*range(first, min(first + 2, len(args))), *named]
             return _product(mode, func, factors, args, kwargs)
 
         return handle
