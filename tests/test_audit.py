@@ -45,6 +45,13 @@ def written(buffer, values):
     return buffer
 
 
+def by_out(x):
+    squares = torch.empty_like(x)
+    with torch.no_grad():
+        torch.pow(x, 2, out=squares)
+    return squares
+
+
 def by_numpy(linear, x):
     return linear(x) if np.asarray(x.detach()).mean() > 0 else x
 
@@ -74,6 +81,8 @@ def by_a_view(linear, x):
         (by_a_view, "__bool__"),
         (lambda linear, x: linear(x) if len((x > 0.2).nonzero()) else x, "__len__"),
         (lambda linear, x: linear(x) if x[x > 0.2].shape[0] else x, "shape"),
+        (lambda linear, x: linear(x) if TABLE[:2][x > 0.2].shape[0] else x, "shape"),
+        (lambda linear, x: linear(x) if TABLE[:2].masked_select(x > 0.2).shape[0] else x, "shape"),
         (lambda linear, x: linear(x) if torch.where(x > 0.2)[0].numel() else x, "numel"),
         (lambda linear, x: linear(x) if (x > 0.2).nonzero()[:, 0].size(0) else x, "size"),
         (lambda linear, x: linear(x) * sum(1 for _ in torch.unique(x)), "unbind"),
@@ -104,6 +113,9 @@ def test_values_that_python_reads(forward, operation):
         lambda linear, x: linear(torch.cat([x, x.flip(1)])).unflatten(0, (2, -1)).sum(0),
         lambda linear, x: torch.stack([linear(row) for row in x]),
         lambda linear, x: linear(x) + linear(x).masked_fill(torch.eye(4)[:1] > 0, -torch.inf).relu(),
+        lambda linear, x: linear(x)[:, TABLE[0] < 2].reshape(len(x), -1),
+        lambda linear, x: linear(x).masked_select(TABLE[:1] < 2).reshape(len(x), -1),
+        lambda linear, x: linear(x) * by_out(x),
     ],
 )
 def test_what_is_linear(forward):
@@ -173,9 +185,53 @@ def test_samples_that_depend_on_each_other(forward, operation, samples):
 def test_a_function_of_autograd_between_modules():
     report = audited(lambda linear, x: linear(Tanh.apply(linear(x))))
     (offender,) = report.offenders
-    assert (offender.node, offender.module) == ("Tanh", "")
-    assert "before Linear.forward" in offender.operation
+    assert (offender.node, offender.operation, offender.module) == ("Tanh", "Tanh.apply", "")
     assert offender.location.startswith("test_audit.py:")
+
+
+def test_a_function_of_autograd_is_where_it_is_called():
+    def forward(linear, x):
+        y = linear(x)
+        y = Tanh.apply(y)
+        return y + 1
+
+    (offender,) = audited(forward).offenders
+    assert offender.operation == "Tanh.apply"
+    assert offender.location == f"test_audit.py:{forward.__code__.co_firstlineno + 2}"
+
+
+def test_what_is_called_as_no_torch_function():
+    def forward(linear, x):
+        with torch._C.DisableTorchFunction():
+            y = x.sigmoid()
+        return linear(x) * y
+
+    assert "Sigmoid" in audited(forward).offenders[0].operation
+
+
+def test_statistics_of_the_batch_are_named_once_and_first():
+    for network in (
+        Coded(lambda linear, x: nn.functional.batch_norm(linear(x), None, None, training=True)),
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+    ):
+        report = bcoskit.audit(network.eval(), torch.rand(2, 4), 0)
+        assert [offender.node for offender in report.offenders] == ["refused", "batch"]
+        assert {offender.operation for offender in report.offenders} == {"batch_norm"}
+
+
+def hidden(linear, x):
+    y = linear(x)
+    y.data.mul_(y.data.abs())
+    return y
+
+
+@pytest.mark.parametrize("forward", [hidden, lambda linear, x: torch.vmap(linear)(x)])
+def test_what_no_graph_shows_is_told(forward):
+    report = audited(forward)
+    assert not report.passed
+    (offender,) = report.offenders
+    assert "do not add up" in offender.reason
+    assert "vmap" in offender.suggestion
 
 
 def test_samples_that_depend_on_each_other_have_no_shares():
@@ -192,6 +248,18 @@ def test_a_network_that_draws_random_numbers():
     (offender,) = report.offenders
     assert "random numbers" in offender.reason
     assert "random" in offender.suggestion
+    assert offender.location.startswith("test_audit.py:")
+
+
+def test_a_network_that_counts_its_calls():
+    calls = []
+
+    def forward(linear, x):
+        calls.append(x)
+        return linear(x) * (1 + len(calls) % 2)
+
+    (offender,) = audited(forward).offenders
+    assert "keeps a state" in offender.reason
     assert offender.location.startswith("test_audit.py:")
 
 

@@ -6,7 +6,7 @@ of exactly 0. *Completeness* compares the output, in float64, with `W(x)·x` plu
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from bcoskit._layers import in_double_precision, run_between, uncompiled
 from bcoskit._linear_map import Layers, entry
 from bcoskit._targets import Target
 from bcoskit.dynamic import NotLinearError, ProductPolicy, explanation_mode
-from bcoskit.dynamic._graph import LocatingMode, Violation, violations
+from bcoskit.dynamic._graph import HIDDEN, LocatingMode, Violation, violations
 from bcoskit.dynamic._interactions import interaction
+from bcoskit.dynamic._places import Places
 
 __all__ = ["AuditReport", "Violation", "audit", "weights_gradient"]
 
@@ -111,7 +112,9 @@ def _audited(
     mode = LocatingMode(network, products)
     with untouched(inputs.device), mode:
         _, output = run_between(network, inputs, entry(mode), *layers)
-        offenders = tuple(dict.fromkeys((*violations(output, mode), *mode.unseen)))
+        refused = {offender.place for offender in mode.unseen if offender.node == "refused"}
+        of_graph = (offender for offender in violations(output, mode) if offender.place not in refused)
+        offenders = tuple(dict.fromkeys((*of_graph, *mode.unseen)))
     if not output.requires_grad and mode.ending is not None:
         offenders += (mode.ending,)
     with untouched(inputs.device):
@@ -129,7 +132,13 @@ def _audited(
         raise ValueError("W(x) is 0 for every input: the signal has died, and no audit of it means anything")
     assert explanation.residual is not None
     shares = {name: float(share.sum()) for name, share in (explanation.shares or {}).items()}
-    return AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
+    report = AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
+    return report if report.passed else replace(report, offenders=(_hidden(network),))
+
+
+def _hidden(network: nn.Module) -> Violation:
+    """What is to blame where values do not add up, and no operation was seen to be wrong."""
+    return Violation("hidden", "?", *(Places(network).of(network) or ("?", "")), reason=HIDDEN)
 
 
 def _difference(output: Tensor, network: nn.Module, x: Tensor, layers: Layers) -> float:

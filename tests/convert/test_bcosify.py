@@ -1,4 +1,5 @@
 import copy
+import pickle
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -535,6 +536,73 @@ class TestWhatWouldBeSilentlyWrong:
         weights = converted.attend(x, x, x)[1]
         assert weights.sum(-1).allclose(torch.ones(2, 5))
         assert torch.autograd.grad(weights.square().sum(), converted.attend.in_proj_weight)[0].abs().max() > 0
+
+    @pytest.mark.parametrize("way", ["linear", "convolution", "attention"])
+    def test_weights_that_the_network_uses_itself_are_not_repeated(self, way):
+        class Using(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+                self.attend = nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)
+                self.head = nn.Linear(8, 4, bias=False)
+
+            def forward(self, x):
+                x = self.stem(x)
+                x = F.conv2d(x, self.conv.weight) if way == "convolution" else self.conv(x)
+                tokens = x.flatten(2).mT
+                x = (self.attend(tokens, tokens, tokens)[0] if way == "attention" else tokens).mean(1)
+                return F.linear(F.normalize(x), F.normalize(self.head.weight)) if way == "linear" else self.head(x)
+
+        converted = bcosify(Using().eval(), BcosConfig.preset("v1"), example=torch.rand(1, 3, 12, 12))
+        assert converted(torch.rand(2, 6, 12, 12)).shape == (2, 4)
+        bypassed = {module.path for module in converted.conversion.of("bypassed")}
+        assert {"linear": "head", "convolution": "conv", "attention": "attend.out_proj"}[way] in bypassed
+        shapes = {name: len(value) for name, value in converted.named_parameters()}
+        assert shapes["stem.1.weight" if "stem.1.weight" in shapes else "stem.weight"] == 16
+
+    @pytest.mark.parametrize("config", [BcosConfig(), BcosConfig.preset("v1")], ids=["b = 2", "v1"])
+    def test_networks_that_write_to_what_a_layer_gives_can_be_trained(self, config):
+        class Writing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+            def forward(self, x):
+                x = self.second(F.relu(self.first(x), inplace=True))
+                x += 1
+                x[:, 0] = 0
+                return self.head(F.relu_(x).mean((2, 3)))
+
+        ordinary = Writing()
+        converted = bcosify(ordinary, config).train()
+        x = torch.rand(2, 6, 12, 12)
+        converted(x).square().sum().backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in converted.parameters())
+        assert not any(module._forward_hooks for module in ordinary.modules())
+        again = pickle.loads(pickle.dumps(converted))
+        assert torch.equal(again(x), converted(x))
+        assert bcoskit.audit(converted.eval(), x).passed
+
+    def test_an_exact_start_by_exponent_and_biases_alone(self):
+        model = shaken(timm.create_model("resnet10t"))
+        images = torch.rand(2, 3, 64, 64)
+        exact = bcosify(model, BcosConfig(b=1, biases="keep"))
+        assert relative(exact(pairs(images)), model(normalized(model, images))) < 1e-5
+        averaged = bcosify(model, BcosConfig(b=1, biases="keep", max_pool="average"))
+        assert relative(averaged(pairs(images)), model(normalized(model, images))) > 1e-3
+
+    def test_networks_without_values(self):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        with pytest.raises(ValueError, match="'0' is on the device 'meta'"):
+            bcosify(model)
+
+    def test_norms_of_single_images(self):
+        model = small(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Tanh())
+        converted = bcosify(model)
+        assert converted[1].bias is None
+        assert converted[1].weight is not None
+        assert [module.path for module in converted.conversion.of("kept") if module.kind == "Tanh"] == ["2"]
 
 
 class TestReport:

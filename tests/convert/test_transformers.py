@@ -8,6 +8,8 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -30,14 +32,21 @@ def distilbert():
     return DistilBertForSequenceClassification(config), "distilbert.embeddings"
 
 
-@pytest.fixture(params=[bert, distilbert], ids=["bert", "distilbert"])
+def gpt2():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    config = GPT2Config(vocab_size=50, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    return GPT2ForSequenceClassification(config), "transformer"
+
+
+@pytest.fixture(params=[bert, distilbert, gpt2], ids=["bert", "distilbert", "gpt2"])
 def classifier(request):
     torch.manual_seed(0)
     network, embeddings = request.param()
     with torch.no_grad():
         for parameter in network.parameters():  # as large as training makes them
             parameter.normal_(std=0.2)
-    return network.eval(), f"{embeddings}.word_embeddings"
+    name = "wte" if embeddings == "transformer" else "word_embeddings"
+    return network.eval(), f"{embeddings}.{name}"
 
 
 @pytest.fixture
@@ -73,16 +82,24 @@ def test_the_audit(classifier, tokens):
     converted = bcosify(network, TEXT, example=tokens)
     report = bcoskit.audit(converted, tokens, from_layer=embeddings)
     assert report.passed
-    assert any("position" in name for name in report.shares)
+    assert any("position" in name or "wpe" in name for name in report.shares)
 
     class Digamma(nn.Module):
         def forward(self, x):
             return torch.special.digamma(x.abs() + 1)
 
-    converted.classifier = nn.Sequential(Digamma(), converted.classifier).eval()
+    head = "score" if hasattr(converted, "score") else "classifier"
+    setattr(converted, head, nn.Sequential(Digamma(), getattr(converted, head)).eval())
     report = bcoskit.audit(converted, tokens, from_layer=embeddings)
     assert not report.passed
-    assert report.offenders[0].module == "classifier.0"
+    assert report.offenders[0].module == f"{head}.0"
+
+
+def test_layers_of_gpt(tokens):
+    report = bcosify(gpt2()[0].eval(), BcosConfig(encode=False, activations="drop"), example=tokens).conversion
+    found = {each.path.rpartition(".")[2]: each.detail for each in report.of("replaced")}
+    assert found == {"c_attn": "Linear", **dict.fromkeys(("c_proj", "c_fc", "score"), "BcosLinear"), "act": "Identity"}
+    assert report.of("left") == ()
 
 
 def test_tokens_need_a_layer_to_start_from(classifier, tokens):

@@ -41,14 +41,16 @@ def bcosify(
     Layers are replaced by an ordered table of rules; parameters stay the same objects, where their shapes do, but for
     biases of batch norms that are kept, into which their means go. Modules that are used several times stay so. Those
     that write to their input in place, such as `ReLU(inplace=True)`, no longer do, since the backward pass of a B-cos
-    layer needs its output. The layers that read the image read pairs `[x, 1 - x]` afterwards, by filters `(w, -w) / 2`
-    behind a fixed normalisation, so that with `BcosConfig.preset("exact")` the converted network gives the logits that
-    the original gives for the normalised image, at padded borders as well. What became of each module is told by the
-    result's attribute `conversion`, a `ConversionReport`.
+    layer needs its output; where the network's own code does, it gets a copy. The layers that read the image read
+    pairs `[x, 1 - x]` afterwards, by filters `(w, -w) / 2` behind a fixed normalisation, so that with
+    `BcosConfig.preset("exact")` the converted network gives the logits that the original gives for the normalised
+    image, at padded borders as well. What became of each module is told by the result's attribute `conversion`, a
+    `ConversionReport`.
 
     Args:
         model: The network: of timm, torchvision, or any other module.
-        config: What is made of it; by default that of the paper.
+        config: What is made of it; by default `BcosConfig()`, which is that of the paper but for max pools and logit
+            bias.
         rules: Rules that go before those of the package.
         skip: Paths of modules, or patterns such as `"blocks.0.*"`, that stay as they are, with all that is in them.
         example: An input of the original, for networks that take no images of usual sizes, such as signals or volumes:
@@ -112,13 +114,18 @@ def _converted(
             "`model` takes no image of a usual size: give an `example` of its input, or `encode=False` for inputs that "
             f"are no images. Of the last it said: {' '.join(str(probed).split())[:300]}"
         ) from probed
+    bypassed = set[str]()
+    if seen is not None and config.max_out > 1:
+        with WeightUses(model) as uses:
+            probe(model, seen.example)
+        bypassed = set(uses.found)
     if seen is not None and seen.example.ndim > 1:
         config = with_constants(config, model, seen.example.shape[1])
     notes = list[ConvertedModule]()
     classifier = None if seen is None else move_classifier(model, config, seen, skip, notes)
     if classifier is None and config.has_constants:
         notes.append(_without_constants(config))
-    walk = _Walk(config, (*rules, *RULES), skip, notes)
+    walk = _Walk(config, (*rules, *RULES), skip, bypassed, notes)
     root = walk.converted(model, "")
     if not walk.replaced:
         raise ValueError("`model` has no module that a rule converts")
@@ -163,7 +170,7 @@ def _around(
 
 
 def _write_to_no_input(root: nn.Module) -> None:
-    """Switch off what writes to its input: for their derivatives B-cos layers keep the outputs that they give."""
+    """Switch off modules that write to their input: for their derivatives B-cos layers keep what they give."""
     for module in root.modules():
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010 - torch does not declare it
@@ -187,17 +194,31 @@ def _refuse(model: nn.Module, skip: tuple[str, ...]) -> None:
         if parametrize.is_parametrized(module):
             raise ValueError(f"the module {path!r} has a parametrised weight: remove the parametrisation first")
         check_initialized(path, module)
+        if any(
+            tensor is not None and tensor.is_meta
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        ):
+            raise ValueError(f"the module {path!r} is on the device 'meta', without values: load its weights first")
         if is_bcos(module):
             raise ValueError(f"the module {path!r} is a B-cos layer already: `set_b` changes its exponent")
 
 
 class _Walk:
-    """The walk through the modules, each of which is converted once."""
+    """The walk through the modules, each of which is converted once.
+
+    Those of `bypassed`, whose weights the network computes with itself, keep the number of their filters.
+    """
 
     def __init__(
-        self, config: BcosConfig, rules: tuple[Rule, ...], skip: tuple[str, ...], notes: list[ConvertedModule]
+        self,
+        config: BcosConfig,
+        rules: tuple[Rule, ...],
+        skip: tuple[str, ...],
+        bypassed: Set[str],
+        notes: list[ConvertedModule],
     ) -> None:
         self._config, self._rules, self._skip, self._notes = config, rules, skip, notes
+        self._bypassed = bypassed
         self._done = dict[nn.Module, nn.Module]()
         self.replaced = 0
 
@@ -227,7 +248,8 @@ class _Walk:
             if any(parameter is not None for parameter in module._parameters.values()) or _holds_constants(module):
                 self._notes.append(ConvertedModule(path, kind, "left", "has values of its own, no rule"))
             return module
-        made = rule.make(module, self._config, path)
+        config = replace(self._config, max_out=1) if path in self._bypassed else self._config
+        made = rule.make(module, config, path)
         if not isinstance(made, (str, nn.Module)):
             raise TypeError(
                 f"the rule for {kind} made {type(made).__name__} of {path!r}: it must return a module, or the reason "
@@ -257,18 +279,23 @@ def _with_bypassed(
 ) -> list[ConvertedModule]:
     """Mark the layers whose weights are used without them, and B-cos layers that are not called.
 
+    What the network's own code writes to in place becomes a copy.
+
     Raises:
         ValueError: If the network does not run, or calls none of them.
     """
     with WeightUses(network) as uses:
         try:
-            called = probe(network, paired(seen.example) if config.encode else seen.example).called
+            found = probe(network, paired(seen.example) if config.encode else seen.example)
+            called, written = found.called, found.written
         except Exception as error:
             raise ValueError(
                 f"the converted network does not run: {' '.join(str(error).split())}; name the module in `skip`, or "
                 "give a rule for it"
             ) from error
     layers = {path for path, module in network.named_modules() if is_bcos(module)}
+    for path in layers & written:
+        network.get_submodule(path).register_forward_hook(_copy)
     if layers and not layers & called:
         raise ValueError(
             "`model` calls none of the modules that were converted: its forward pass uses their weights, or holds them "
@@ -279,6 +306,11 @@ def _with_bypassed(
     used = (layers & set(uses.found)) | as_layers
     by_path = {path.removeprefix(above): path for path in layers | as_layers}
     return [_seen_in_use(note, by_path.get(note.path), called, used) for note in notes]
+
+
+def _copy(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Of an output that the network writes to; for its derivatives a B-cos layer keeps the one that it gives."""
+    return output.clone() if isinstance(output, Tensor) and output.requires_grad else output
 
 
 def _seen_in_use(note: ConvertedModule, path: str | None, called: Set[str], used: Set[str]) -> ConvertedModule:

@@ -7,7 +7,10 @@ from typing import ClassVar, Literal, cast
 
 @dataclass(frozen=True)
 class BcosConfig:
-    """What `bcosify` makes of a network, as plain values; by default that of Arya et al., NeurIPS 2024.
+    """What `bcosify` makes of a network, as plain values.
+
+    By default that of Arya et al., NeurIPS 2024, but for max pools, which stay, and the logit bias: with `b=1` and
+    `biases="keep"` alone, the network computes what the original computes.
 
     Attributes:
         b: Exponent of the B-cos transform, at least 1; with 1 a layer stays linear.
@@ -43,7 +46,7 @@ class BcosConfig:
     biases: Literal["keep", "drop"] = "drop"
     norms: Literal["keep", "uncentered"] = "uncentered"
     activations: Literal["keep", "drop"] = "keep"
-    max_pool: Literal["keep", "average"] = "average"
+    max_pool: Literal["keep", "average"] = "keep"
     projections: Literal["linear", "bcos"] = "linear"
     encode: bool = True
     mean: tuple[float, ...] | None = None
@@ -98,7 +101,7 @@ class BcosConfig:
         """A configuration by name.
 
         Args:
-            name: `"bcosification"` (Arya et al., NeurIPS 2024), the default; `"v2"` (Böhle et al., TPAMI 2024) and
+            name: `"bcosification"` (Arya et al., NeurIPS 2024); `"v2"` (Böhle et al., TPAMI 2024) and
                 `"v1"` (Böhle et al., CVPR 2022), whose filters have unit norm and which have no activations: of
                 the network only its shape is kept; `"exact"`, which computes what the original computes, to begin a
                 gradual conversion.
@@ -107,10 +110,10 @@ class BcosConfig:
             ValueError: If there is none of that name.
         """
         presets = {
-            "bcosification": cls(logit_bias="uniform"),
-            "v2": cls(normalize_weight=True, activations="drop", logit_bias="uniform"),
-            "v1": cls(normalize_weight=True, activations="drop", max_out=2, logit_bias="uniform"),
-            "exact": cls(b=1.0, biases="keep", norms="keep", max_pool="keep", classifier="keep"),
+            "bcosification": cls(max_pool="average", logit_bias="uniform"),
+            "v2": cls(normalize_weight=True, activations="drop", max_pool="average", logit_bias="uniform"),
+            "v1": cls(normalize_weight=True, activations="drop", max_pool="average", max_out=2, logit_bias="uniform"),
+            "exact": cls(b=1.0, biases="keep", norms="keep", classifier="keep"),
         }
         if name not in presets:
             raise ValueError(f"`name` (={name!r}) must be one of {', '.join(presets)}")

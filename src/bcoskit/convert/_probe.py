@@ -29,6 +29,7 @@ class Probe:
         readers: Paths of the layers that read the input itself.
         last: Path of the layer whose output is the network's.
         called: Paths of the modules that were called.
+        written: Paths of the layers whose output was written to in place.
     """
 
     example: Tensor
@@ -38,11 +39,13 @@ class Probe:
     readers: tuple[str, ...]
     last: str | None
     called: frozenset[str]
+    written: frozenset[str]
 
 
 def probe(model: nn.Module, example: Tensor) -> Probe:
     """Run a network on an example, in evaluation mode and without gradients; it is as before afterwards."""
     readers, called, outputs = list[str](), set[str](), dict[str, Tensor]()
+    versions = list[tuple[str, Tensor, int]]()
     handles: list[Any] = []
 
     def watch(path: str, module: nn.Module) -> None:
@@ -56,6 +59,7 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
                 readers.append(path)
             if isinstance(output, Tensor):
                 outputs[path] = output
+                versions.append((path, output, output._version))
 
         handles.append(module.register_forward_hook(note))
 
@@ -73,7 +77,14 @@ def probe(model: nn.Module, example: Tensor) -> Probe:
     if output is not None:
         last = next((path for path, found in reversed(outputs.items()) if found is output), None)
     return Probe(
-        example, output, tuple(_tensors(result)), outputs, tuple(dict.fromkeys(readers)), last, frozenset(called)
+        example,
+        output,
+        tuple(_tensors(result)),
+        outputs,
+        tuple(dict.fromkeys(readers)),
+        last,
+        frozenset(called),
+        frozenset(path for path, tensor, version in versions if tensor._version != version),
     )
 
 

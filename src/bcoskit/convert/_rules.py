@@ -1,10 +1,11 @@
 """The ordered table of rules: from kinds of ordinary layers to what takes their place."""
 
 import re
+from abc import ABC
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.activations import GELU
@@ -57,7 +58,7 @@ def rule_for(module: nn.Module, rules: tuple[Rule, ...]) -> Rule | None:
 
 # Layers that go by these names, or whose container does, make queries, keys and values.
 _PROJECTIONS = re.compile(
-    r"(^|[._])(to_|[wW])?(qkvs?|kv|qk|q|k|v|query|key|value|in_proj)(_proj|_proj_weight|_lin)?(\.|$)"
+    r"(^|[._])(to_|[wW])?(qkvs?|kv|qk|q|k|v|query|key|value|in_proj|c_attn|q_attn)(_proj|_proj_weight|_lin)?(\.|$)"
 )
 _CONVOLUTIONS: dict[type[nn.Module], type[Any]] = {
     nn.Conv1d: BcosConv1d,
@@ -75,6 +76,7 @@ _STANDARDIZED = (
     ScaledStdConv2d,
     ScaledStdConv2dSame,
 )
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _OWN_FORWARD = "has a forward pass of its own that no rule knows"
 _OWN_TOKENS = "has tokens of its own (`add_bias_kv` or `add_zero_attn`)"
 UNKNOWN = (_OWN_FORWARD, _OWN_TOKENS)
@@ -205,6 +207,26 @@ def _of_linear(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
     return _taken_over(new, old, config)
 
 
+class _TransposedLinear(ABC):  # noqa: B024 - its subclasses are told by name
+    """The linear layers of GPT, whose weight is (inputs, outputs), known by name: transformers need not be there."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return any(
+            (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") for base in kind.__mro__
+        )
+
+
+def _of_transposed_linear(old: Any, config: BcosConfig, path: str) -> nn.Module | str:
+    if "forward" in vars(old):
+        return _OWN_FORWARD
+    ordinary = nn.Linear(*old.weight.shape, device="meta")
+    ordinary.weight = nn.Parameter(old.weight.detach().T.contiguous(), old.weight.requires_grad)
+    ordinary.bias = old.bias
+    made = _of_linear(ordinary, config, path)
+    return ordinary if isinstance(made, str) else made
+
+
 def _of_attention(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     if not _plain(old, nn.MultiheadAttention):
         return _OWN_FORWARD
@@ -304,10 +326,30 @@ def _of_max_pool(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU, GELU)
 
 
+class _OtherActivation(ABC):  # noqa: B024 - its subclasses are told by name
+    """The activations of transformers, known by where they are written."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return kind.__module__ == "transformers.activations"
+
+
 def _of_activation(old: Any, config: BcosConfig, _path: str) -> nn.Module | str:
     if config.activations == "keep":
         return "an activation"
+    if issubclass(type(old), _OtherActivation) and not list(old.parameters()):
+        return nn.Identity()
     return nn.Identity() if _plain(old, *_ACTIVATIONS) else _OWN_FORWARD
+
+
+_GATES = (
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink),
+    *(nn.Hardtanh, nn.SELU, nn.RReLU, nn.Threshold, nn.Hardshrink, nn.Softshrink, nn.GLU),
+)
+
+
+def _of_gate(_old: Any, _config: BcosConfig, _path: str) -> nn.Module | str:
+    return "an activation, which no preset drops"
 
 
 RULES: tuple[Rule, ...] = (
@@ -318,11 +360,13 @@ RULES: tuple[Rule, ...] = (
     Rule(tuple(_TRANSPOSED), _of_transposed),
     Rule(tuple(_CONVOLUTIONS), _of_conv),
     Rule((nn.Linear,), _of_linear),
+    Rule((cast("type[nn.Module]", _TransposedLinear),), _of_transposed_linear),
     Rule((BatchNormAct2d,), _of_norm_with_activation),
     Rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _of_batch_norm),
-    Rule((nn.LayerNorm, nn.GroupNorm), _without_bias),
+    Rule((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_INSTANCE_NORMS), _without_bias),
     Rule((nn.Embedding,), _of_embedding),
     Rule((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _of_max_pool),
-    Rule(_ACTIVATIONS, _of_activation),
+    Rule((*_ACTIVATIONS, cast("type[nn.Module]", _OtherActivation)), _of_activation),
+    Rule(_GATES, _of_gate),
 )
 """The rules, of which the first that knows a module counts."""

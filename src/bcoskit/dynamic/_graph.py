@@ -3,7 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,17 +26,19 @@ from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
 _CONSTANT = "is a constant of the explanation: nothing behind it depends on the input"
+HIDDEN = "computes what the graph does not show: contributions and constants do not add up to the output"
 _IN_HALF_PRECISION = "computes in half precision, in which W(x) is not exact"
 
 
 _REGISTER = "replace it, or register what is to be frozen in it with `bcoskit.rule`"
 _SUGGESTIONS = {
+    "does not show": "write to no `.data` of what depends on the input, and call layers outside of `torch.vmap`",
     "nothing behind it": "explain what stands before it (`to_layer`), or take a gate, which is 0 at 0, in its place",
     "half precision": "let the network run in float32",
     "own backward": "write it with torch's operations, or register a rule for the function that calls it",
     "read by Python": "compute with tensors (`torch.where`, a product) instead of deciding by a value",
     "samples of the batch": "call `model.eval()`, and keep running statistics; let no statistic run over the batch",
-    "draws random": "call `model.eval()`, and draw no random numbers there",
+    "draws random": "call `model.eval()`; let a call draw no random numbers, and leave nothing for the next one",
     "statistics of the batch": "call `model.eval()`, and keep running statistics",
     "factors that depend": "freeze one factor by `bcoskit.freeze`",
 }
@@ -59,6 +61,11 @@ class Violation:
     location: str = "?"
     module: str = "?"
     reason: str = "is not linear in the input"
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What was called, and where."""
+        return self.operation, self.location, self.module
 
     @property
     def suggestion(self) -> str:
@@ -184,7 +191,15 @@ def _violation(node: Any, reason: str) -> Violation:
     located: Violation | None = node.metadata.get(_LOCATION)
     if located is None:
         return Violation(_kind(node), reason=reason)
-    return Violation(_kind(node), located.operation, located.location, located.module, reason)
+    return replace(located, node=_kind(node), reason=reason)
+
+
+def _of_no_function(node: Any, before: str) -> str:
+    """What is said of an operation that was no call of a torch function."""
+    kind = _kind(node)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return f"{kind}.apply"
+    return f"{kind}, which is called as no torch function, before {before}"
 
 
 class LocatingMode(ExplanationMode):
@@ -214,6 +229,7 @@ class LocatingMode(ExplanationMode):
         self._chosen: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._has_autocast = False
+        self._applied: dict[str, tuple[str, str]] = {}  # where custom functions of autograd were called, by name
 
     def __enter__(self) -> "LocatingMode":
         super().__enter__()
@@ -226,8 +242,7 @@ class LocatingMode(ExplanationMode):
 
         def arrive(module: nn.Module, inputs: Any) -> None:
             if threading.get_ident() == thread:  # what is no torch function was called before, outside of this module
-                before = f"what is no torch function, before {type(module).__name__}.forward"
-                self._mark(tensors_in(inputs), lambda _node: Violation("", before, *self._places.here(module)))
+                self._mark_before(inputs, f"{type(module).__name__}.forward", lambda: self._places.here(module))
 
         modules = torch.nn.modules.module
         # One pair for each time that the mode is entered, which it may be inside of itself.
@@ -263,27 +278,35 @@ class LocatingMode(ExplanationMode):
         name = getattr(func, "__name__", "")
         read = [args[1:], kwargs] if name in _OF_SHAPE else args[:1] if name in _OF_FIRST else [args, kwargs]
         given = list(tensors_in(read))
-        from_input = any(tensor.requires_grad or id(tensor) in self._derived for tensor in given)
+        from_input = any(map(self._is_from_input, given))
         chosen = [tensor for tensor in given if id(tensor) in self._chosen]
+        if not torch.is_grad_enabled():
+            self._applied |= self._places.applied()
         if name in _READS and from_input:
             self._note_read(func)
         self._note_autocast(given if from_input else [])
         try:
             output = super()._apply(func, args, kwargs)
         except NotLinearError as error:
-            self.unseen.append(Violation("refused", name_of(func), *self._places.here(), f"is refused: {error}"))
+            refused = Violation("refused", name_of(func), *self._places.here(), f"is refused: {error}")
+            self.unseen.append(refused)
             output = func(*args, **kwargs)
+            self._mark(tensors_in(output), lambda _node: refused)
         if from_input:
             changed = list(tensors_in(args[0] if output is None else output))  # an assignment returns nothing
             changed += [tensor._base for tensor in changed if tensor._base is not None]
             self._derived |= {id(tensor): tensor for tensor in changed if not tensor.requires_grad}
             # What is computed with what was chosen has its size, and layers read that of numbers to arrange them.
-            if _chooses(name, args) or (chosen and not any(map(torch.is_floating_point, changed))):
+            chooses = any(map(self._is_from_input, _choosers(name, args, kwargs)))
+            if chooses or (chosen and not any(map(torch.is_floating_point, changed))):
                 self._chosen |= {id(tensor): tensor for tensor in changed}
             ends = not any(tensor.requires_grad for tensor in changed) and any(map(torch.is_floating_point, changed))
             if ends and any(tensor.requires_grad for tensor in given):
                 self.ending = Violation("constant", name_of(func), *self._places.here(), _CONSTANT)
         return output
+
+    def _is_from_input(self, tensor: Tensor) -> bool:
+        return tensor.requires_grad or id(tensor) in self._derived
 
     def _note_autocast(self, given: Sequence[Tensor]) -> None:
         """Note the first operation that the network has computed in half precision, where double precision is not."""
@@ -300,11 +323,18 @@ class LocatingMode(ExplanationMode):
             place = place or self._places.here()
             return place
 
-        before = f"what is no torch function, before {name_of(func)}"
-        self._mark(tensors_in([args, kwargs]), lambda _node: Violation("", before, *here()))
+        self._mark_before([args, kwargs], name_of(func), here)
         output = super().natural(func, args, kwargs)
         self._mark(tensors_in(output), lambda _node: Violation("", name_of(func), *here()))
         return output
+
+    def _mark_before(self, given: Any, operation: str, here: Callable[[], tuple[str, str]]) -> None:
+        """Mark what no torch function has made since the last one, or what its inside has told of."""
+
+        def mark(node: Any) -> Violation:
+            return Violation("", _of_no_function(node, operation), *(self._applied.get(_kind(node)) or here()))
+
+        self._mark(tensors_in(given), mark)
 
     @staticmethod
     def _mark(tensors: Iterator[Tensor], mark: Callable[[Any], Violation]) -> None:
@@ -324,17 +354,22 @@ _READS = frozenset(
     """.split()
 )
 # What gives as many values as fulfil a condition …
-_CHOOSING = frozenset("nonzero argwhere masked_select unique unique_consecutive".split())
+_CHOOSING = frozenset("nonzero argwhere unique unique_consecutive".split())
 # … and what tells how many.
 _SIZES = frozenset("__len__ size numel nelement unbind".split())
 _SHAPE: Any = Tensor.shape
 
 
-def _chooses(name: str, args: tuple[Any, ...]) -> bool:
+def _choosers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors whose values decide how many values an operation gives."""
     if name == "__getitem__":
         index = args[1] if isinstance(args[1], tuple) else args[1:]
-        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in index)
-    return name in _CHOOSING or (name == "where" and len(args) == 1)
+        return [each for each in index if isinstance(each, Tensor) and each.dtype == torch.bool]
+    if name == "masked_select":
+        return [each for each in (*args[1:], *kwargs.values()) if isinstance(each, Tensor) and each.dtype == torch.bool]
+    if name in _CHOOSING or (name == "where" and len(args) == 1):
+        return list(tensors_in([args, kwargs]))
+    return []
 
 
 def _reads_size(func: Callable[..., Any]) -> bool:

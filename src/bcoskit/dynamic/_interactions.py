@@ -44,7 +44,9 @@ def interaction(model: nn.Module, x: Tensor, run: Run) -> Violation | None:
     first, second, together = (_trace(model, run, inputs) for inputs in (alone, alone, among))
     changing = _first_difference(first, second)
     if changing is not None:
-        return Violation("random", *changing, reason="draws random numbers: the network is another one in each call")
+        return Violation(
+            "random", *changing, reason="draws random numbers or keeps a state: the network is another one in each call"
+        )
     found = _first_difference(first, together) or (f"{type(model).__name__}.forward", *_place(model))
     return Violation("batch", *found, reason="makes each output depend on the other samples of the batch")
 

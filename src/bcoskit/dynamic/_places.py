@@ -13,7 +13,10 @@ from torch import nn
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _TORCH_LAYERS = str(Path(nn.__file__).parent / "modules") + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
-_RUNNER = str(Path(__file__).parents[1] / "_layers.py")
+# What calls the network, or stands around it.
+_RUNNERS = tuple(
+    str(Path(__file__).parents[1].joinpath(*parts)) for parts in (["_layers.py"], ["convert", "_input.py"])
+)
 _NO_LAYERS = ("module.py", "container.py")
 
 
@@ -45,6 +48,16 @@ class Places:
         code = getattr(type(module).forward, "__code__", None)
         return ("?" if code is None else f"{Path(code.co_filename).name}:{code.co_firstlineno}"), path
 
+    def applied(self) -> dict[str, tuple[str, str]]:
+        """Where the custom function of autograd was called that runs now, by its name; empty if none is seen to."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+            if isinstance(first, torch.autograd.function.BackwardCFunction) and frame.f_back is not None:
+                return {type(first).__name__.removesuffix("Backward"): self._nearest(begin=frame.f_back)[:2]}
+            frame = frame.f_back
+        return {}
+
     def name_of_number(self, values: Iterable[Any]) -> str:
         """The path of the nearest module, with the attribute in which it keeps one of the values, if there is one."""
         _, path, module = self._nearest()
@@ -52,17 +65,17 @@ class Places:
         kept = [name for name, value in attributes.items() if any(value is number for number in values)]
         return f"{path}.{kept[0]}" if kept else ""
 
-    def _nearest(self, called: nn.Module | None = None) -> tuple[str, str, Any]:
+    def _nearest(self, called: nn.Module | None = None, begin: FrameType | None = None) -> tuple[str, str, Any]:
         location, in_torch, path, module = "", "", None, None
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = begin or sys._getframe(2)
         while frame is not None and (not location or path is None):
             file = frame.f_code.co_filename
             here = f"{Path(file).name}:{frame.f_lineno}"
             if file.startswith(_TORCH_LAYERS) and not file.endswith(_NO_LAYERS):
                 in_torch = in_torch or here
-            elif file == _RUNNER and in_torch:  # torch's layers and containers are all that there is
+            elif file in _RUNNERS and in_torch:  # torch's layers and containers are all that there is
                 location = location or in_torch
-            elif not location and not file.startswith((_TORCH, _OURS)):
+            elif not location and not file.startswith((_TORCH, _OURS, *_RUNNERS)):
                 location = here
             if path is None:
                 module = frame.f_locals.get("self")

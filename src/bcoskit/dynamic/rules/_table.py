@@ -73,7 +73,10 @@ def rewrite(function: Callable[..., Any]) -> Handler:
     def handle(mode: ExplanationMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+        out = kwargs.get("out")
         with mode:
+            if isinstance(out, Tensor):  # torch allows it where nothing is derived
+                return out.copy_(function(*args, **{name: value for name, value in kwargs.items() if name != "out"}))
             return function(*args, **kwargs)
 
     return handle
