@@ -17,6 +17,7 @@ import bcoskit
 from bcoskit import BcosConfig, bcosify, set_b
 from bcoskit.convert import Rule
 from bcoskit.convert._input import PairedInput
+from bcoskit.models import create_model
 from bcoskit.nn import BatchNorm, BcosConv1d, BcosConv2d, BcosConv3d, BcosConvTranspose2d, BcosLinear
 
 EXACT = BcosConfig.preset("exact")
@@ -557,8 +558,7 @@ class TestWhatWouldBeSilentlyWrong:
         assert converted(torch.rand(2, 6, 12, 12)).shape == (2, 4)
         bypassed = {module.path for module in converted.conversion.of("bypassed")}
         assert {"linear": "head", "convolution": "conv", "attention": "attend.out_proj"}[way] in bypassed
-        shapes = {name: len(value) for name, value in converted.named_parameters()}
-        assert shapes["stem.1.weight" if "stem.1.weight" in shapes else "stem.weight"] == 16
+        assert len(converted.stem.layer.weight) == 2 * 8
 
     @pytest.mark.parametrize("config", [BcosConfig(), BcosConfig.preset("v1")], ids=["b = 2", "v1"])
     def test_networks_that_write_to_what_a_layer_gives_can_be_trained(self, config):
@@ -579,8 +579,8 @@ class TestWhatWouldBeSilentlyWrong:
         converted(x).square().sum().backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in converted.parameters())
         assert not any(module._forward_hooks for module in ordinary.modules())
-        again = pickle.loads(pickle.dumps(converted))
-        assert torch.equal(again(x), converted(x))
+        again = pickle.loads(pickle.dumps(converted.second))
+        assert torch.equal(again(converted.first(x)), converted.second(converted.first(x)))
         assert bcoskit.audit(converted.eval(), x).passed
 
     def test_an_exact_start_by_exponent_and_biases_alone(self):
@@ -590,6 +590,19 @@ class TestWhatWouldBeSilentlyWrong:
         assert relative(exact(pairs(images)), model(normalized(model, images))) < 1e-5
         averaged = bcosify(model, BcosConfig(b=1, biases="keep", max_pool="average"))
         assert relative(averaged(pairs(images)), model(normalized(model, images))) > 1e-3
+
+    def test_modules_that_cut_the_image_up_themselves(self):
+        model = create_model("simple_vit_ti_patch16_224.standard_v2_in1k", num_classes=4)
+        images = torch.rand(2, 3, 32, 48)
+        mean, std = (torch.tensor(value)[:, None, None] for value in (model.transform.mean, model.transform.std))
+        nn.init.normal_(model.head.weight)
+        exact = bcosify(model, EXACT)
+        assert isinstance(exact, type(model))
+        assert exact.patch_embed.proj.weight.shape == (192, 16 * 16 * 6)
+        assert relative(exact(pairs(images)), model((images - mean) / std)) < 1e-5
+        skipped = bcosify(model, EXACT, skip=["patch_embed.proj"])
+        assert isinstance(skipped, PairedInput)
+        assert relative(skipped(pairs(images)), model((images - mean) / std)) < 1e-5
 
     def test_networks_without_values(self):
         with torch.device("meta"):

@@ -226,6 +226,15 @@ class TestParquetImages:
         with pytest.raises(ImageError, match="no readable parquet file"):
             ParquetImages(tmp_path / "empty.parquet")
 
+    def test_where_an_image_is_that_cannot_be_read(self, tmp_path):
+        first = write(tmp_path / "a.parquet", {"img": as_structs([png(1), png(2)]), "label": [0, 1]})
+        second = write(tmp_path / "b.parquet", {"img": as_structs([png(3), b"junk"]), "label": [0, 1]})
+        dataset = ParquetImages([first, second])
+        assert level(dataset[2][0]) == 3
+        for index in (3, -1):
+            with pytest.raises(ImageError, match=r"^image -?\d: <4 bytes>: .* \(.*b\.parquet: row 1\)$"):
+                dataset[index]
+
     @pytest.mark.parametrize("metadata", ["{", "{}", '{"info": {"features": []}}', '{"info": {"features": {}}}'])
     def test_bad_metadata(self, metadata, tmp_path):
         table = pa.table({"img": [png(1)], "label": [0]}).replace_schema_metadata({"huggingface": metadata})

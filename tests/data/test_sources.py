@@ -69,6 +69,13 @@ class TestTarImages:
         assert dataset.classes == ("cat", "dog")
         assert [shade_of(item) for item in open_dataset(tmp_path, "test")] == [7]
 
+    def test_where_an_image_is_that_cannot_be_read(self, tmp_path):
+        members = [("a/x.png", encoded(1)), ("a/x.cls", b"0"), ("a/y.png", b"junk"), ("a/y.cls", b"1")]
+        dataset = TarImages([write_tar(tmp_path / "a.tar", members[:2]), write_tar(tmp_path / "b.tar", members)])
+        assert shade_of(dataset[1]) == 1
+        with pytest.raises(ImageError, match=r"^image 2: .* \(.*b\.tar: a/y\.png\)$"):
+            dataset[2]
+
     def test_several_labels(self, tmp_path):
         members = [("x.jpg", encoded(1)), ("x.cls", b"0 2"), ("y.jpg", encoded(2)), ("y.cls", b"")]
         dataset = TarImages([write_tar(tmp_path / "a.tar", members)])
@@ -184,6 +191,17 @@ class TestHuggingFace:
         assert open_dataset(f"hf:{tmp_path / 'several'}").labels.tolist() == [[1, 0, 1], [0, 0, 0]]
         with pytest.raises(ImageError, match="the split 'train' has no labels"):
             open_dataset(f"hf:{tmp_path / 'hidden'}")
+
+    def test_the_row_of_an_image_that_cannot_be_read(self, tmp_path):
+        saved = self.splits([1, 0], datasets.ClassLabel(names=["cat", "dog"]))
+        cells = [{"bytes": b"junk", "path": "a/b.png"}, {"bytes": b"junk", "path": None}]
+        saved["train"] = datasets.Dataset.from_dict({"image": cells, "label": [1, 0]}, saved["train"].features)
+        saved.save_to_disk(tmp_path / "saved")
+        dataset = open_dataset(tmp_path / "saved")
+        with pytest.raises(ImageError, match=r"^image 0: .* \(row 0, .*b.png\)$"):
+            dataset[0]
+        with pytest.raises(ImageError, match=r"^image 1: .* \(row 1\)$"):
+            dataset[1]
 
     def test_coarse_labels_beside_those_that_are_meant(self, tmp_path):
         kinds = {"coarse_label": ["pets"], "fine_label": ["cat", "dog"]}

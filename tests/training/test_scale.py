@@ -422,6 +422,12 @@ def test_images_of_several_classes(tmp_path):
     assert figures["test_accuracy"] == pytest.approx(float((decisions == images.labels).double().mean()), abs=1e-6)
 
 
+def test_images_of_several_classes_and_an_ordinary_network(tmp_path):
+    data = write_several(tmp_path / "data")
+    train(data, out=tmp_path / "run", **PLAIN | {"model": "resnet20.standard_cifar10", "epochs": 1})
+    assert create_model(tmp_path / "run" / "model.safetensors").loss == "bce"
+
+
 def test_images_of_several_classes_are_watched(tmp_path):
     data = write_several(tmp_path / "data")
     figures = train(data, out=tmp_path / "run", **PLAIN | {"watch_every": 1})

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bcoskit import cli
+from bcoskit import BcosConfig, bcosify, cli
 from bcoskit.data import ImageError, ImageTransform, folder, random_crop_flip
 from bcoskit.models import create_model, model_row
 from bcoskit.training import Augmentation, FineTuning, Loss, Optimization, _engine, train
@@ -58,6 +58,33 @@ def refused(error, *arguments, **keywords):
 def test_the_loss_of_short_epochs_is_logged(data, tmp_path):
     run(str(data), str(tmp_path / "run"), epochs=3, batch_size=4, optimization=Optimization(accumulate=2))
     assert len(metrics(tmp_path / "run", "train_loss")) == 3
+
+
+class TestAccumulation:
+    def test_an_epoch_has_whole_groups_of_batches(self, data, tmp_path):
+        options = {"epochs": 2, "batch_size": 2, "augmentation": Augmentation(crop="none", flip=False)}
+        run(data, tmp_path / "groups", **options, optimization=Optimization("sgd", accumulate=3))
+        checkpoint = torch.load(tmp_path / "groups" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 2 * (16 // (2 * 3)) == 4  # of eight batches the last two are left out
+        seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        assert seen == 2 * 6
+
+    def test_groups_are_batches_that_are_larger(self, data, tmp_path):
+        """But for norms, which are those of layers here."""
+        options = {
+            "model": "cnn9_narrow.bcos_lnu_linear_nomaxout_cifar10",
+            "epochs": 2,
+            "augmentation": Augmentation(crop="none", flip=False),
+        }
+        whole = run(data, tmp_path / "whole", **options, batch_size=6, optimization=Optimization("sgd"))
+        groups = run(data, tmp_path / "groups", **options, batch_size=2, optimization=Optimization("sgd", accumulate=3))
+        assert groups["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
+        other = run(data, tmp_path / "other", **options, batch_size=2, optimization=Optimization("sgd"))
+        assert other["test_loss"] != pytest.approx(whole["test_loss"], rel=1e-4)
+
+    def test_more_than_there_are(self, data, tmp_path):
+        message = refused(ValueError, data, tmp_path / "run", batch_size=8, optimization=Optimization(accumulate=3))
+        assert message == "`accumulate` (=3) is above the number of batches, 2"
 
 
 class TestFiles:
@@ -630,6 +657,10 @@ class TestCommandLine:
         printed = capsys.readouterr().out
         settings = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line and line[0] != " ")
         model_row(settings["model"] if settings["from"] == "null" else settings["from"])
+        if settings["from"] != "null" and settings["convert"] != "none":
+            config = BcosConfig.preset(settings["convert"])
+            converted = bcosify(create_model(settings["from"], num_classes=2), config, inplace=True)
+            assert converted.transform.encoding == "bcos"
         # All its values are in their ranges: what is missing are the images.
         assert cli.main(arguments) == 2
         assert "holds no train images" in capsys.readouterr().err

@@ -49,9 +49,15 @@ def _constants_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def widen(model: nn.Module, readers: Sequence[str], normalize: Normalize) -> None:
-    """Let the layers that read the image read pairs: filters `(w, -w) / 2` give what `w` gave."""
+    """Let the layers that read the image read pairs: filters `(w, -w) / 2` give what `w` gave.
+
+    A module that cuts the image up itself tells by a method `read_pairs(normalize)` how its weights become such pairs.
+    """
     for path in readers:
         layer: Any = model.get_submodule(path)
+        if hasattr(layer, "read_pairs"):
+            layer.read_pairs(normalize)
+            continue
         if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.groups != 1:
             raise ValueError(f"{path!r} reads the image and is no convolution of all channels")
         with torch.no_grad():

@@ -28,7 +28,8 @@ def with_pairs(
     channels, dimensions = seen.example.shape[1], seen.example.ndim - 2
     normalize = normalization(config, channels, dimensions)
     readers = _readers(root, seen)
-    if readers and not any(is_skipped(path, skip) for path in readers):
+    inside = (f"{path}.{below}".strip(".") for path in readers for below, _ in root.get_submodule(path).named_modules())
+    if readers and not any(is_skipped(path, skip) for path in inside):
         before = contents(root.modules())
         if _widened(root, readers, normalize, seen.example):
             notes += [
@@ -111,12 +112,17 @@ def _linear_layers(root: nn.Module) -> Iterator[None]:
 
 
 def _readers(root: nn.Module, seen: Probe) -> list[str]:
-    """The layers that read the image: those that were seen, and those that timm names, which may read a resized one."""
+    """The layers that read the image: those that were seen, and those that timm names, which may read a resized one.
+
+    If none of them has weights, the modules that say of themselves how they read pairs.
+    """
+    if not any(root.get_submodule(path)._parameters for path in seen.readers):
+        return [path for path, module in root.named_modules() if hasattr(module, "read_pairs")]
     named: Any = (getattr(root, "pretrained_cfg", None) or {}).get("first_conv") or ()
     known = dict(root.named_modules())
     paths = [path for path in ((named,) if isinstance(named, str) else named) if path in known]
     fitting = [path for path in paths if getattr(known[path], "in_channels", None) == seen.example.shape[1]]
-    return list(dict.fromkeys((*seen.readers, *fitting))) if seen.readers else []
+    return list(dict.fromkeys((*seen.readers, *fitting)))
 
 
 def paired(x: Tensor) -> Tensor:

@@ -119,7 +119,9 @@ class ImageDataset(Dataset[tuple[Any, Any]]):
             image = read_image(self._images[index])
             item = image if self.transform is None else self.transform(image)
         except ImageError as error:
-            raise ImageError(f"image {index}: {error}") from error
+            place = getattr(self._images, "place", None)  # of images that are no files of their own
+            where = "" if place is None else f" ({place(index)})"
+            raise ImageError(f"image {index}: {error}{where}") from error
         return item, self.labels[index] if self.multi_label else int(self.labels[index])
 
 

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bcoskit._text import printable
 from bcoskit.data._files import expand
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
@@ -62,20 +65,26 @@ class ParquetImages(ImageDataset):
         if values and all(value == -1 for value in values):
             raise UnlabelledError(f"{files[0]}: has no labels, all of them are -1")
         indices, classes = index_labels(values, names[0])
-        super().__init__(_BinaryColumn(images), indices, classes, transform)
+        super().__init__(_BinaryColumn(files, images), indices, classes, transform)
 
 
 class _BinaryColumn:
-    """Values of several columns behind one another, as bytes."""
+    """Values of the columns of several shards behind one another, as bytes."""
 
-    def __init__(self, columns: Sequence["pa.ChunkedArray"]) -> None:
+    def __init__(self, shards: Sequence[Path], columns: Sequence["pa.ChunkedArray"]) -> None:
         import pyarrow as pa
 
         chunks = [chunk for column in columns for chunk in column.chunks]
         self._values = pa.chunked_array(chunks, type=pa.large_binary())
+        self._shards, self._begins = shards, list(accumulate(map(len, columns), initial=0))
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def place(self, index: int) -> str:
+        """The shard, and the row in it."""
+        shard = bisect_right(self._begins, index % len(self)) - 1
+        return printable(f"{self._shards[shard]}: row {index % len(self) - self._begins[shard]}")
 
     def __getitem__(self, index: int) -> bytes:
         return self._values[index].as_py()

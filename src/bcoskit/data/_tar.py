@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from bcoskit._text import printable
 from bcoskit.data._files import IMAGE_SUFFIXES
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
@@ -53,6 +54,17 @@ class _Places:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def place(self, index: int) -> str:
+        """The tar file, and the name of the image in it, as far as its header has room for it."""
+        path, offset, _ = self._places[index]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset - tarfile.BLOCKSIZE)
+                name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
+        except (OSError, tarfile.TarError):
+            name = f"byte {offset}"
+        return printable(f"{path}: {name}")
 
     def __getitem__(self, index: int) -> bytes:
         path, offset, size = self._places[index]

@@ -1,6 +1,7 @@
 """SimpleViT and ViT-C: timm's vision transformer with other embeddings, B-cos or ordinary."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from bcoskit.models._layers import LayerSet
 from bcoskit.models._network import Network, Rename
-from bcoskit.nn import LayerNorm
+from bcoskit.nn import LayerNorm, Normalize
 
 # Size of a token, heads, blocks, and the channels of the convolutions that stand in the place of one block in ViT-C.
 ARCHITECTURES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
@@ -56,6 +57,21 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"`x` of {height}x{width} pixels must have sides that are multiples of {side}")
         patches = maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (N, C, h, side, w, side)
         return self.proj(patches.permute(0, 2, 4, 3, 5, 1).flatten(3))
+
+    def read_pairs(self, normalize: Normalize) -> None:
+        """Read pairs `[x, 1 - x]` from now on, where there is no stem: `(w, -w) / 2` behind their normalisation.
+
+        Args:
+            normalize: What makes `(z, -z)` of the pair.
+        """
+        linear: Any = self.proj
+        with torch.no_grad():
+            weight = linear.weight.unflatten(1, (self.patch_size**2, -1))  # channel fastest
+            pair = (torch.cat([weight, -weight], 2) / 2).flatten(1)
+        linear.weight = nn.Parameter(pair, linear.weight.requires_grad)
+        linear.in_features *= 2
+        step = Normalize(normalize.mean, normalize.std, normalize.dimensions).train(self.training)
+        self.stem = nn.Sequential(OrderedDict(normalize=step, conv=self.stem)).train(self.training)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """The grid of tokens of an image, for timm's `forward_intermediates`."""

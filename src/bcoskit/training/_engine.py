@@ -74,7 +74,8 @@ def fit(
         learner: What is trained.
         train_images: Of one epoch.
         test_images: What is measured on.
-        batch_size: Images per step of all processes together; the rest of an epoch that fills no batch is left out.
+        batch_size: Images per batch of all processes together; the rest of an epoch that fills no batch, or not as many
+            batches as are accumulated, is left out.
         out: Folder of the run.
         epochs: How many.
         resumed: Whether it goes on from the checkpoint in `out`.
@@ -91,15 +92,14 @@ def fit(
         OSError: If the folder cannot be written to, such as on a full disk.
     """
     hardware, loading = machinery.hardware, machinery.loading
-    steps = len(train_images) // batch_size
+    updates = len(train_images) // (batch_size * learner.optimization.accumulate)
     with torch.random.fork_rng(devices=()), _quiet(), _interruptible():
-        trainer = _trainer(out, epochs, steps, measure_every, learner, callbacks, machinery)
+        trainer = _trainer(out, epochs, updates, measure_every, learner, callbacks, machinery)
         part = (trainer.global_rank, trainer.world_size)
         _check_processes(trainer.world_size)
         data = Data(train_images, test_images, batch_size, learner, loading.workers, part)
         # Lightning knows this too, but asking it makes the first loader before it knows where a run goes on.
-        updates = epochs * -(-steps // learner.optimization.accumulate)
-        learner.prepare(updates, part, unreadable.add, hardware)
+        learner.prepare(epochs * updates, part, unreadable.add, hardware)
         try:
             checkpoint = out / CHECKPOINT if resumed else None
             trainer.fit(learner, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -174,7 +174,8 @@ class Data(lightning.LightningDataModule):
 
     def _train_order(self, epoch: int, begin: int = 0) -> Batches:
         key = (self._learner.seed, epoch)
-        return Batches(len(self._images[0]), self._batch_size, self._part, key, self._learner.repeats, begin)
+        group = self._learner.optimization.accumulate
+        return Batches(len(self._images[0]), self._batch_size, self._part, key, self._learner.repeats, begin, group)
 
 
 class WithinEpochs(Checkpoint):
@@ -226,7 +227,7 @@ def can_compile() -> bool:
 def _trainer(
     out: Path,
     epochs: int,
-    steps: int,
+    updates: int,
     measure_every: int,
     learner: Learner,
     callbacks: Sequence[lightning.Callback],
@@ -273,7 +274,7 @@ def _trainer(
             ],
             enable_progress_bar=shown,
             inference_mode=False,  # in which nothing can be explained
-            log_every_n_steps=min(50, -(-steps // optimization.accumulate)),  # of the optimiser
+            log_every_n_steps=min(50, updates),
             num_sanity_val_steps=0,
             check_val_every_n_epoch=measure_every,
             enable_model_summary=False,

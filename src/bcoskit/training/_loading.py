@@ -86,6 +86,7 @@ class Batches(Sampler[list[int]]):
             and as many batches in each process.
         repeats: How often each image appears in its batch.
         begin: The batch that comes first; those before it are counted and left out.
+        group: How many batches belong together; an epoch has no part of a group. Of no account without `order`.
 
     Raises:
         ValueError: If the processes cannot have equal parts.
@@ -99,6 +100,7 @@ class Batches(Sampler[list[int]]):
         order: tuple[int, int] | None = None,
         repeats: int = 1,
         begin: int = 0,
+        group: int = 1,
     ) -> None:
         if batch_size % (part[1] * repeats):
             times = f"{part[1]} processes" + (f" times {repeats} `repeats`" if repeats > 1 else "")
@@ -106,12 +108,12 @@ class Batches(Sampler[list[int]]):
         if length < part[1]:
             raise ValueError(f"{length} images are too few for {part[1]} processes")
         self._length, self._batch_size, self._part = length, batch_size, part
-        self._order, self._repeats, self._begin = order, repeats, begin
+        self._order, self._repeats, self._begin, self._group = order, repeats, begin, group
 
     def __len__(self) -> int:
         if self._order is None:  # the same number for each process, which wait for each other
             return -(-(self._length // self._part[1]) // (self._batch_size // self._part[1]))
-        return self._length // self._batch_size
+        return self._length // (self._batch_size * self._group) * self._group
 
     def __iter__(self) -> Iterator[list[int]]:
         index, count = self._part

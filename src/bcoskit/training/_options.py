@@ -66,7 +66,7 @@ class Optimization:
         clip: "none", "agc" (adaptive, each row of a weight by its own norm: Brock et al., ICML 2021) or "norm" (of all
             gradients together).
         clip_at: Largest norm of a gradient, with "agc" relative to that of its weights.
-        accumulate: Batches whose gradients are added before a step.
+        accumulate: Batches whose gradients are averaged before a step; what is left of an epoch is left out.
         ema: Decay of an exponential average of the weights, which then is what is measured and saved; None for none.
         ema_every: Steps from one update of the average to the next.
 

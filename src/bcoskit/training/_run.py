@@ -193,9 +193,13 @@ def train(
     check_unchanged(settings, before, out)
     settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
     check_unchanged(settings, before, out)
-    loss = replace(loss, kind=row.loss if config is None else "bce") if loss.kind == "model" else loss
+    if loss.kind == "model":
+        loss = replace(loss, kind=row.loss if config is None and not train_images.multi_label else "bce")
     _check_images(data, train_images, test_images, batch_size, augmentation, loss)
-    updates = epochs * -(-(len(train_images) // batch_size) // optimization.accumulate)
+    updates = epochs * (len(train_images) // (batch_size * optimization.accumulate))
+    if not updates:
+        batches = len(train_images) // batch_size
+        raise ValueError(f"`accumulate` (={optimization.accumulate}) is above the number of batches, {batches}")
     if optimization.ema is not None and optimization.ema_every > updates:
         raise ValueError(f"`ema_every` (={optimization.ema_every}) is above the number of steps, {updates}")
     network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
