@@ -11,12 +11,12 @@ first eighth), what is measured is a network on its way, with an exponent below 
 """
 
 import argparse
-import csv
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from curves import accuracies
 from rich.console import Console
 
 from bcoskit.training import train
@@ -42,15 +42,7 @@ def settings(weights: Path) -> dict[str, dict[str, Any]]:
 
 def curve(name: str) -> list[dict[str, float]]:
     """Accuracy on the test images after each epoch."""
-    rows: dict[int, float] = {}
-    for file in (RUNS / name / "csv").glob("version_*/metrics.csv"):
-        with file.open() as lines:
-            rows |= {
-                int(row["epoch"]): float(row["test_accuracy"])
-                for row in csv.DictReader(lines)
-                if row.get("test_accuracy")
-            }
-    return [{"epoch": epoch + 1, "accuracy": rows[epoch]} for epoch in sorted(rows)]
+    return [{"epoch": epoch, "accuracy": value} for epoch, value in enumerate(accuracies(RUNS / name), 1)]
 
 
 def _settings(name: str) -> dict[str, Any]:

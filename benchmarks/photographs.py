@@ -12,7 +12,6 @@ Runs are in `runs/photographs`, and go on where they were cut off. `report` writ
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
+from curves import logged
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -107,20 +107,15 @@ def _inputs(transform: ImageTransform, batch: list[tuple[Any, int]]) -> Tensor:
 
 def curve(way: str) -> list[dict[str, float]]:
     """What was measured of held-out images during a run, in the order of images seen."""
-    rows: list[dict[str, float]] = []
-    for file in sorted((RUNS / way / "csv").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
-        with file.open() as lines:
-            found = [row for row in csv.DictReader(lines) if row.get("test_agreement")]
-        settings = json.loads((RUNS / way / "settings.json").read_text())
-        rows += [
-            {
-                "images": (int(row["step"]) + 1) * settings["batch_size"],
-                "agreement": float(row["test_agreement"]),
-                "loss": float(row["test_loss"]),
-            }
-            for row in found
-        ]
-    return rows
+    settings = json.loads((RUNS / way / "settings.json").read_text())
+    return [
+        {
+            "images": (int(row["step"]) + 1) * settings["batch_size"],
+            "agreement": float(row["test_agreement"]),
+            "loss": float(row["test_loss"]),
+        }
+        for row in logged(RUNS / way, "test_agreement")
+    ]
 
 
 def top1(way: str) -> float:

@@ -12,7 +12,6 @@ Solar Energy 2019), CC BY-NC-SA 4.0.
 """
 
 import argparse
-import csv
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from curves import accuracies
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
@@ -231,19 +231,6 @@ def draw(found: Judged, file: Path) -> None:
     note.save(file)
 
 
-def curve(run: Path) -> list[float]:
-    """Accuracy on the test cells after each epoch."""
-    rows: dict[int, float] = {}
-    for file in sorted((run / "csv").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
-        with file.open() as lines:
-            rows |= {
-                int(row["epoch"]): float(row["test_accuracy"])
-                for row in csv.DictReader(lines)
-                if row.get("test_accuracy")
-            }
-    return [round(rows[epoch], 4) for epoch in sorted(rows)]
-
-
 def report(runs: Path, cells: list[Cell]) -> None:
     """Measure, and write the page."""
     test = [cell for cell in cells if cell.split == "test"]
@@ -262,7 +249,7 @@ def report(runs: Path, cells: list[Cell]) -> None:
         "versions": {each: importlib.metadata.version(each) for each in ("bcoskit", "torch", "timm", "lightning")},
         "machine": platform.machine(),
         "cells": {split: sum(cell.split == split for cell in cells) for split in ("train", "test")},
-        "curves": {each: curve(runs / each) for each in RUNS},
+        "curves": {each: [round(value, 4) for value in accuracies(runs / each)] for each in RUNS},
         "figures": tables,
         "always_functional": sum(cell.label == CLASSES[1] for cell in test) / len(test),
         "largest_residual": largest_residual(network, found.x[:BATCH]),

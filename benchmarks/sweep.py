@@ -9,7 +9,6 @@ Adds those that are finished to `docs/results/b_sweep.*`, `ablation.*` and `pari
 """
 
 import argparse
-import csv
 import importlib.metadata
 import json
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from curves import accuracies
 from rich.console import Console
 from rich.progress import track
 from speed import machine
@@ -138,16 +138,6 @@ def make(run: Run, data: Path) -> None:
         return
 
 
-def curve(run: Run) -> list[float]:
-    """Accuracy on the test images after each epoch."""
-    rows: dict[int, float] = {}
-    for file in sorted((run.folder / "csv").glob("version_*/metrics.csv")):
-        with file.open() as lines:
-            rows |= {int(row["epoch"]): float(row["test_accuracy"]) for row in csv.DictReader(lines)
-                     if row.get("test_accuracy")}  # fmt: skip
-    return [rows[epoch] for epoch in sorted(rows)]
-
-
 def rows_of(table: str) -> list[dict[str, Any]]:
     """Of the runs that are finished, and of those that were when the table was written last; none if nothing is new."""
     if not any(run.pointing.exists() for run in runs() if run.table == table):
@@ -166,7 +156,7 @@ def rows_of(table: str) -> list[dict[str, Any]]:
         found = json.loads(run.pointing.read_text())
         ordinary = ".standard" in run.model
         method = found.get("input_x_gradient" if ordinary else "bcos", {})
-        measured = curve(run)
+        measured = accuracies(run.folder)
         rows.append(
             {
                 **run.row,
