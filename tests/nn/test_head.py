@@ -69,6 +69,14 @@ def test_logit_layer_has_no_state() -> None:
     assert "bias=0.0" in repr(LogitLayer(bias=0.0))
 
 
+def test_logits_in_mixed_precision_stay_apart() -> None:
+    x = torch.linspace(0, 0.02, 10).bfloat16()
+    layer = LogitLayer(bias=-6.9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(layer(x).unique()) == len(x.unique()) == 10
+    assert len(layer(x).unique()) < 10
+
+
 def test_a_constant_survives_the_meta_device() -> None:
     """A network may be made without memory and filled from a checkpoint, which holds no constants."""
     with torch.device("meta"):

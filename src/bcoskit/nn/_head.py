@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from bcoskit.nn._conv import BcosConv2d
@@ -32,7 +33,9 @@ class LogitLayer(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same shape."""
+        """Any shape to the same shape; within `torch.autocast` to single precision, in which classes stay apart."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = x if self.temperature is None else x / self.temperature
         return logits if self.bias is None else logits + self.bias
 
