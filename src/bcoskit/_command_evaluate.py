@@ -77,8 +77,9 @@ def evaluate_model(
 
     Args:
         model: Name of a network, or a file that training has written.
-        data: Folder with labelled test images: parquet shards, the original CIFAR-10 files, or class folders in `test`
-            or `val`.
+        data: Folder with labelled test images: parquet shards, tar files in the layout of WebDataset, the original
+            CIFAR-10 files, or class folders in `test` or `val`; `torchvision:NAME` or `hf:NAME` for datasets that these
+            libraries know.
         metrics: What is measured, one or more: accuracy (always), grid_pointing, energy_pointing, deletion, insertion,
             perturbation, randomization, stability, completeness.
         methods: Attribution methods, one or more: bcos, gradient, input_x_gradient, integrated_gradients, deep_lift,

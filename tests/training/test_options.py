@@ -239,6 +239,7 @@ def test_images_that_are_not_mixed():
 
 
 EVERYTHING = {
+    "batch_size": 4,
     "optimization": Optimization(
         optimizer="adamw", weight_decay=0.01, warmup_epochs=1, clip="agc", accumulate=2, ema=0.9, final=0.1
     ),
@@ -257,7 +258,7 @@ def everything(data, tmp_path_factory):
 
 def test_a_run_with_everything_goes_on_where_it_was_cut_off(everything, data, tmp_path, monkeypatch):
     out, figures = everything
-    for epoch, batch, every in ((1, 2, 0), (2, 0, 0), (1, 2, 1)):
+    for epoch, batch, every in ((1, 2, 0), (2, 0, 0), (1, 2, 1), (1, 3, 1)):
         broken = tmp_path / f"{epoch}{batch}{every}"
         with monkeypatch.context() as patch:
             break_off(patch, epoch, batch)

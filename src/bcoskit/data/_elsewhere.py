@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from bcoskit._text import printable
 from bcoskit.data._images import ImageError, ImageSource
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
 from bcoskit.data._parquet import LABEL_COLUMNS, SPLITS
@@ -126,7 +125,7 @@ class _Encoded:
     def place(self, index: int) -> str:
         """The row, and the path of the image if the dataset knows one."""
         path = (self._dataset[index][self._column] or {}).get("path")
-        return printable(f"row {index % len(self)}" + (f", {path}" if path else ""))
+        return f"row {index % len(self)}" + (f", {path}" if path else "")
 
     def __getitem__(self, index: int) -> ImageSource:
         image = self._dataset[index][self._column]

@@ -9,7 +9,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bcoskit._text import printable
 from bcoskit.data._files import expand
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
@@ -84,7 +83,7 @@ class _BinaryColumn:
     def place(self, index: int) -> str:
         """The shard, and the row in it."""
         shard = bisect_right(self._begins, index % len(self)) - 1
-        return printable(f"{self._shards[shard]}: row {index % len(self) - self._begins[shard]}")
+        return f"{self._shards[shard]}: row {index % len(self) - self._begins[shard]}"
 
     def __getitem__(self, index: int) -> bytes:
         return self._values[index].as_py()

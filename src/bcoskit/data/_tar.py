@@ -5,7 +5,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bcoskit._text import printable
 from bcoskit.data._files import IMAGE_SUFFIXES
 from bcoskit.data._images import ImageError
 from bcoskit.data._labelled import ImageDataset, Transform, index_labels
@@ -64,7 +63,7 @@ class _Places:
                 name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             name = f"byte {offset}"
-        return printable(f"{path}: {name}")
+        return f"{path}: {name}"
 
     def __getitem__(self, index: int) -> bytes:
         path, offset, size = self._places[index]

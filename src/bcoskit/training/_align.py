@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
-from bcoskit._processes import is_first
 from bcoskit._random import random_from
 from bcoskit.convert import GradualConversion, bcosify
 from bcoskit.data import ImageDataset, ImageTransform, InMemoryImages, find_images, open_dataset
 from bcoskit.data._datasets import NoSplitError
 from bcoskit.data._parquet import SPLITS
-from bcoskit.models import Network, create_model, save_model
+from bcoskit.models import Network, create_model
 from bcoskit.training._augment import one_by_one
 from bcoskit.training._engine import Machinery, can_compile, fit
-from bcoskit.training._folder import MODEL, check_ranges, check_unchanged, data_digest, settings_before, write_settings
+from bcoskit.training._folder import RunFolder, check_ranges
 from bcoskit.training._loading import Unreadable, loaded
 from bcoskit.training._module import Batch, Learner, encoded, seeded
 from bcoskit.training._options import Hardware, Loading, check_kinds, check_whole
@@ -271,17 +270,15 @@ def align(
         raise ValueError(f"`hardware` (={hardware}): `recompute` and 'fsdp' are for `train` alone")
     for name, value in {"train_size": train_size, "measure_every": measure_every}.items():
         check_whole(name, value, 1)
-    before = settings_before(out, resume)
-    check_unchanged(settings, before, out)
+    folder = RunFolder(out, settings, resume=resume)
     with random_from(seed):
         original = create_model(teacher, weights=start)
         moving = GradualConversion(original, config) if gradual else None
         student = as_network(bcosify(original, config) if moving is None else moving.model, teacher)
     student.loss = original.loss
-    unreadable = Unreadable(max_unreadable, out, bool(before))
+    unreadable = Unreadable(max_unreadable, out, folder.resumed)
     train_images, test_images, has_labels = _splits(data, row.transform, original.classes, unreadable)
-    settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
-    check_unchanged(settings, before, out)
+    folder.settle_data(train_images, test_images)
     if len(train_images) < batch_size:
         raise ValueError(f"`batch_size` (={batch_size}) is above the number of images, {len(train_images)}")
     learner = Aligner(
@@ -296,8 +293,7 @@ def align(
         gradual=moving,
         gradual_part=gradual,
     )
-    if is_first():
-        write_settings(out, settings)
+    folder.begin()
     figures = fit(
         learner,
         train_images,
@@ -305,13 +301,12 @@ def align(
         batch_size=batch_size,
         out=out,
         epochs=epochs,
-        resumed=bool(before),
+        resumed=folder.resumed,
         unreadable=unreadable,
         machinery=Machinery(hardware, Loading("memory", max_unreadable=max_unreadable)),
         measure_every=measure_every,
     )
-    if is_first():
-        save_model(student, out / MODEL, classes=original.classes, training={**settings, **figures})
+    folder.finish(student, original.classes, figures)
     return figures
 
 

@@ -4,18 +4,69 @@ import hashlib
 import json
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bcoskit._files import UNFINISHED, whole_file
-from bcoskit.data import InMemoryImages, StreamedImages
+from bcoskit._processes import is_first
+from bcoskit.models import Network, save_model
+from bcoskit.training._loading import Images
 from bcoskit.training._options import check_whole
 
 _SAMPLED = 64  # images that tell datasets apart
 CHECKPOINT, SETTINGS, MODEL = Path("checkpoints", "last.ckpt"), "settings.json", "model.safetensors"
 EXPLANATIONS = "explanations"
+
+
+class RunFolder:
+    """The folder of a run, and the settings by which one that goes on is known to be the same.
+
+    Args:
+        out: The folder.
+        settings: What is known before an image is read.
+        resume: Whether to go on from the checkpoint in the folder, if there is one.
+
+    Attributes:
+        out: The folder.
+        settings: What is known by now.
+
+    Raises:
+        ValueError: If the folder holds another run, a damaged one, or one that is not to be resumed.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.out = out
+        self.settings: dict[str, Any] = {}
+        self._before = _settings_before(out, resume)
+        self.settle(**settings)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(self._before)
+
+    def settle(self, **settings: Any) -> None:
+        """Add settings; raises a `ValueError` for the first that was another one in the run that is resumed."""
+        self.settings |= settings
+        _check_unchanged(self.settings, self._before, self.out)
+
+    def settle_data(self, train_images: Images, test_images: Images) -> None:
+        """Add what tells the images apart from others; raises as `settle`."""
+        self.settle(data=_digest(train_images), test_data=_digest(test_images))
+
+    def begin(self) -> None:
+        """Make the folder, with the settings in it."""
+        if is_first():
+            _write_settings(self.out, self.settings)
+
+    def finish(self, network: Network, classes: Sequence[str], figures: dict[str, float]) -> None:
+        """Write the file of the network, with the settings and what was measured in the end."""
+        if is_first():
+            training = {**self.settings, **figures}
+            save_model(network, self.out / MODEL, classes=classes, transform=network.transform, training=training)
 
 
 def check_ranges(epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
@@ -27,7 +78,7 @@ def check_ranges(epochs: int, batch_size: int, learning_rate: float, seed: int) 
         raise ValueError(f"`learning_rate` (={learning_rate}) must be above 0 and finite")
 
 
-def settings_before(out: Path, resume: bool) -> dict[str, Any]:
+def _settings_before(out: Path, resume: bool) -> dict[str, Any]:
     """The settings of the run in `out` that is to be resumed; empty if there is nothing to go on from."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` (={str(out)!r}) must be a folder")
@@ -73,7 +124,7 @@ def _is_of_a_run(content: dict[str, Any]) -> bool:
     return all(isinstance(each, list) and len(each) == 1 for each in of_one) and "fit_loop" in content["loops"]
 
 
-def data_digest(images: InMemoryImages | StreamedImages) -> str:
+def _digest(images: Images) -> str:
     """Of all labels and of some images: tells whether a run goes on with the data that it began with."""
     digest = hashlib.sha256(images.labels.cpu().numpy().tobytes())
     places = torch.linspace(0, len(images) - 1, min(len(images), _SAMPLED)).round().long()
@@ -81,7 +132,7 @@ def data_digest(images: InMemoryImages | StreamedImages) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path) -> None:
+def _check_unchanged(settings: dict[str, Any], before: dict[str, Any], out: Path) -> None:
     """Raise a `ValueError` for the first setting that is another one than in the run that is to be resumed."""
     changed = [name for name in settings if not _is_same(before.get(name, settings[name]), settings[name])]
     # Those of the data are not known yet when the others are compared.
@@ -103,7 +154,7 @@ def _is_same(before: Any, now: Any) -> bool:
     return before == now
 
 
-def write_settings(out: Path, settings: dict[str, Any]) -> None:
+def _write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a run that begins or goes on."""
     out.mkdir(parents=True, exist_ok=True)
     for place in (out, (out / CHECKPOINT).parent, out / EXPLANATIONS):

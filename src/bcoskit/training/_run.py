@@ -6,23 +6,14 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from bcoskit._processes import is_first
 from bcoskit._random import random_from
 from bcoskit.convert import BcosConfig, GradualConversion, bcosify
 from bcoskit.data import InMemoryImages
-from bcoskit.models import ModelRow, Network, save_model
+from bcoskit.models import ModelRow, Network
 from bcoskit.training._augment import after_cropping
 from bcoskit.training._engine import Machinery, can_compile, fit
 from bcoskit.training._finetune import FineTuning, Freezing, check_frozen
-from bcoskit.training._folder import (
-    EXPLANATIONS,
-    MODEL,
-    check_ranges,
-    check_unchanged,
-    data_digest,
-    settings_before,
-    write_settings,
-)
+from bcoskit.training._folder import EXPLANATIONS, RunFolder, check_ranges
 from bcoskit.training._loading import Images, Unreadable, open_images
 from bcoskit.training._module import Classifier
 from bcoskit.training._options import Augmentation, Hardware, Loading, Loss, Optimization, check_kinds, check_whole
@@ -147,6 +138,13 @@ def train(
         raise ValueError(f"`model` (={name!r}) has embeddings for outputs, not classes that could be trained")
     if learning_rate is None:
         learning_rate = 1e-3 if from_ is None and weights == "fresh" else 1e-4
+    check_ranges(epochs, batch_size, learning_rate, seed)
+    config, converting = _converting(from_, convert, b, max_out, learnable_b, gradual)
+    check_frozen(fine_tuning, weights, gradual)
+    _check_together(hardware, optimization, augmentation, row, epochs, gradual, learnable_b)
+    for given_as, every in {"watch_every": watch_every, "checkpoint_every": checkpoint_every}.items():
+        if every != 0:
+            check_whole(given_as, every, 1)
     settings: dict[str, Any] = {
         "model": row.name,
         "weights": weights,
@@ -162,19 +160,8 @@ def train(
         "precision": hardware.precision,
         "seed": seed,
     }
-    check_ranges(epochs, batch_size, learning_rate, seed)
-    config, converting = _converting(from_, convert, b, max_out, learnable_b, gradual)
-    settings |= converting
-    if optimization.warmup_epochs >= epochs:
-        warmup = f"`warmup_epochs` (={optimization.warmup_epochs})"
-        raise ValueError(f"{warmup} must be below `epochs` (={epochs}): the learning rate would never be reached")
-    check_frozen(fine_tuning, weights, gradual)
-    _check_together(hardware, optimization, gradual, learnable_b, watch_every, checkpoint_every)
-    if augmentation.lighting and row.transform.channels != 3:
-        raise ValueError(f"`augmentation.lighting` (={augmentation.lighting}) is for images in colour, these are grey")
-    before = settings_before(out, resume)
-    check_unchanged(settings, before, out)
-    unreadable = Unreadable(loading.max_unreadable, out, bool(before))
+    folder = RunFolder(out, settings | converting, resume=resume)
+    unreadable = Unreadable(loading.max_unreadable, out, folder.resumed)
     train_images, test_images = (
         open_images(
             data,
@@ -188,25 +175,17 @@ def train(
         )
         for split in ("train", "test")
     )
-    classes = train_images.classes
-    settings |= {"classes": list(classes), "images": "memory" if isinstance(train_images, InMemoryImages) else "disk"}
-    check_unchanged(settings, before, out)
-    settings |= {"data": data_digest(train_images), "test_data": data_digest(test_images)}
-    check_unchanged(settings, before, out)
+    classes, in_memory = train_images.classes, isinstance(train_images, InMemoryImages)
+    folder.settle(classes=list(classes), images="memory" if in_memory else "disk")
+    folder.settle_data(train_images, test_images)
     if loss.kind == "model":
         loss = replace(loss, kind=row.loss if config is None and not train_images.multi_label else "bce")
     _check_images(data, train_images, test_images, batch_size, augmentation, loss)
-    updates = epochs * (len(train_images) // (batch_size * optimization.accumulate))
-    if not updates:
-        batches = len(train_images) // batch_size
-        raise ValueError(f"`accumulate` (={optimization.accumulate}) is above the number of batches, {batches}")
-    if optimization.ema is not None and optimization.ema_every > updates:
-        raise ValueError(f"`ema_every` (={optimization.ema_every}) is above the number of steps, {updates}")
+    _check_updates(len(train_images) // batch_size, epochs, optimization)
     network, moving = _network(name, start, row, classes, fine_tuning, config, gradual, seed)
     network.loss = "cross_entropy" if loss.kind == "cross_entropy" else "bce"
-    numbers = [name for name, parameter in network.named_parameters() if not parameter.ndim]
-    if hardware.strategy == "fsdp" and numbers:
-        raise ValueError(f"`strategy` (='fsdp') cannot share out numbers such as {numbers[0]!r}: take 'ddp'")
+    if hardware.strategy == "fsdp":
+        _check_shareable(network)
     freezing = Freezing(network, fine_tuning)
     learner = Classifier(
         network.train(),
@@ -214,7 +193,7 @@ def train(
         len(classes),
         multi_label=train_images.multi_label,
         loss=loss,
-        augmentation=augmentation if isinstance(train_images, InMemoryImages) else after_cropping(augmentation),
+        augmentation=augmentation if in_memory else after_cropping(augmentation),
         optimization=optimization,
         compile_step=compile_step and not hardware.recompute and can_compile(),
         learning_rate=learning_rate,
@@ -223,9 +202,8 @@ def train(
         gradual=moving,
         gradual_part=gradual,
     )
-    if is_first():
-        write_settings(out, settings)
     watches = [Watch(test_images, network.transform, out / EXPLANATIONS, watch_every)] if watch_every else []
+    folder.begin()
     figures = fit(
         learner,
         train_images,
@@ -233,14 +211,12 @@ def train(
         batch_size=batch_size,
         out=out,
         epochs=epochs,
-        resumed=bool(before),
+        resumed=folder.resumed,
         unreadable=unreadable,
         machinery=Machinery(hardware, loading, wandb, checkpoint_every),
         callbacks=[freezing, *watches],
     )
-    if is_first():
-        training = {**settings, **figures}
-        save_model(network, out / MODEL, classes=classes, transform=network.transform, training=training)
+    folder.finish(network, classes, figures)
     return figures
 
 
@@ -261,15 +237,16 @@ def _converting(
 def _check_together(
     hardware: Hardware,
     optimization: Optimization,
+    augmentation: Augmentation,
+    row: ModelRow,
+    epochs: int,
     gradual: float,
     learnable_b: bool,
-    watch_every: int,
-    checkpoint_every: int,
 ) -> None:
     """What does not go together."""
-    for name, value in {"watch_every": watch_every, "checkpoint_every": checkpoint_every}.items():
-        if value != 0:
-            check_whole(name, value, 1)
+    if optimization.warmup_epochs >= epochs:
+        warmup = f"`warmup_epochs` (={optimization.warmup_epochs})"
+        raise ValueError(f"{warmup} must be below `epochs` (={epochs}): the learning rate would never be reached")
     if hardware.strategy == "fsdp" and (learnable_b or gradual):
         name = "learnable_b" if learnable_b else "gradual"
         raise ValueError(f"`{name}` makes exponents numbers, which 'fsdp' cannot share out: take 'ddp'")
@@ -277,6 +254,24 @@ def _check_together(
         raise ValueError(f"`ema` (={optimization.ema}) needs whole weights, which 'fsdp' shares out: take 'ddp'")
     if gradual and optimization.ema is not None:
         raise ValueError(f"`gradual` (={gradual}) changes the network, of which there can be no average (`ema`) then")
+    if augmentation.lighting and row.transform.channels != 3:
+        raise ValueError(f"`augmentation.lighting` (={augmentation.lighting}) is for images in colour, these are grey")
+
+
+def _check_updates(batches: int, epochs: int, optimization: Optimization) -> None:
+    """Whether there are as many batches in an epoch, and steps in all, as options need."""
+    updates = epochs * (batches // optimization.accumulate)
+    if not updates:
+        raise ValueError(f"`accumulate` (={optimization.accumulate}) is above the number of batches, {batches}")
+    if optimization.ema is not None and optimization.ema_every > updates:
+        raise ValueError(f"`ema_every` (={optimization.ema_every}) is above the number of steps, {updates}")
+
+
+def _check_shareable(network: nn.Module) -> None:
+    """Whether all parameters can be shared out between processes."""
+    numbers = [name for name, parameter in network.named_parameters() if not parameter.ndim]
+    if numbers:
+        raise ValueError(f"`strategy` (='fsdp') cannot share out numbers such as {numbers[0]!r}: take 'ddp'")
 
 
 def _check_images(
