@@ -133,12 +133,18 @@ def _audited(
     assert explanation.residual is not None
     shares = {name: float(share.sum()) for name, share in (explanation.shares or {}).items()}
     report = AuditReport((), forward, numeric, float(explanation.residual.abs().max()), shares, products)
-    return report if report.passed else replace(report, offenders=(_hidden(network),))
+    return report if report.passed else replace(report, offenders=(_hidden(network, report),))
 
 
-def _hidden(network: nn.Module) -> Violation:
-    """What is to blame where values do not add up, and no operation was seen to be wrong."""
-    return Violation("hidden", "?", *(Places(network).of(network) or ("?", "")), reason=HIDDEN)
+def _hidden(network: nn.Module, report: AuditReport) -> Violation:
+    """What is told where an audit failed, and no operation was seen to be wrong."""
+    if report.numeric != 0:
+        what = "W(x) changes with x where its factors are frozen"
+    elif not report.forward <= RESIDUAL_BOUND:
+        what = "outputs are others inside of the explanation"
+    else:
+        what = "contributions and constants do not add up to the output"
+    return Violation("hidden", "?", *(Places(network).of(network) or ("?", "")), reason=f"{HIDDEN}: {what}")
 
 
 def _difference(output: Tensor, network: nn.Module, x: Tensor, layers: Layers) -> float:

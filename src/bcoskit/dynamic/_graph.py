@@ -26,7 +26,7 @@ from bcoskit.dynamic._places import Places
 
 _LOCATION = "bcoskit_location"
 _CONSTANT = "is a constant of the explanation: nothing behind it depends on the input"
-HIDDEN = "computes what the graph does not show: contributions and constants do not add up to the output"
+HIDDEN = "computes what the graph does not show"
 _IN_HALF_PRECISION = "computes in half precision, in which W(x) is not exact"
 
 
